@@ -1,0 +1,29 @@
+# Every target that needs Python sets its environment up first: .ci/setup.sh does that, then runs Python with its arguments.
+PYTHON := .ci/setup.sh
+
+.PHONY: help setup demo test check bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+
+setup: ## make the Python environment (.venv, or see .ci/setup.sh), nothing else
+	@$(PYTHON)
+
+demo: ## serve a model, send it pictures in changing prompts, report what was reused
+	@$(PYTHON) examples/demo.py
+
+test: ## run all tests
+	@$(PYTHON) -m pytest -q
+
+check: ## look at format, lint, types and the direction of imports
+	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m mypy
+	@$(PYTHON) -m pytest -q tests/test_arrows.py
+
+bench: ## measure time to first token with and without reuse
+	@$(PYTHON) tests/bench/bench_ttft.py
+
+clean: ## delete what was built, measured and cached (not .venv)
+	rm -rf build dist out .checkpoints .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	find src tests examples -name __pycache__ -prune -exec rm -rf {} + -o -name '*.so' -exec rm -f {} +

@@ -1,0 +1,84 @@
+"""Options of the connector (`kv_connector_extra_config`) and of one request (`kv_transfer_params["vlcache"]`)."""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vlcache_connector.errors import OptionError
+from vlcache_connector.policy import POLICIES
+from vlcache_connector.types import Mode
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """All options of the connector. An empty dictionary is a valid configuration."""
+
+    policy: str = "leading"
+    """Which tokens of a reused span are recomputed: one of `POLICIES`."""
+    recompute_ratio: float = 0.05
+    """Share of a span's tokens to recompute, in [0, 1]; at least one token is recomputed when it is above 0."""
+    host_gib: float = 4.0
+    """GiB of host memory for entries, in each worker process."""
+    min_reuse_tokens: int = 64
+    """Smallest number of reused tokens for which a request is worth touching."""
+    trust_client_uuids: bool = False
+    """Accept identifiers of media that vLLM did not make by hashing their content. Only for clients that never give two
+    different images the same UUID."""
+
+    def __post_init__(self) -> None:
+        _check("policy", self.policy, lambda v: isinstance(v, str) and v in POLICIES, f"one of {sorted(POLICIES)}")
+        _check("recompute_ratio", self.recompute_ratio, _is_ratio, "a number from 0 to 1")
+        _check("host_gib", self.host_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
+        _check("min_reuse_tokens", self.min_reuse_tokens, lambda v: type(v) is int and v >= 1, "a whole number from 1")
+        _check("trust_client_uuids", self.trust_client_uuids, lambda v: isinstance(v, bool), "true or false")
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> "Options":
+        """Options from vLLM's extra config. Raises `OptionError` for an unknown key or a bad value."""
+        _check_keys("kv_connector_extra_config", raw, [f.name for f in fields(cls)])
+        return cls(**raw)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOptions:
+    """What one request asked for."""
+
+    mode: Mode = Mode.REUSE
+    recompute_ratio: float = 0.05
+
+    @classmethod
+    def parse(cls, raw: Any, default_ratio: float) -> "RequestOptions":
+        """From the value of `kv_transfer_params["vlcache"]`, None when absent. Raises `OptionError`."""
+        if raw is None:
+            return cls(recompute_ratio=default_ratio)
+        if not isinstance(raw, Mapping):
+            raise OptionError(f'kv_transfer_params["vlcache"] is {raw!r}; expected an object with "mode"')
+        _check_keys('kv_transfer_params["vlcache"]', raw, ["mode", "recompute_ratio"])
+        mode = raw.get("mode", Mode.REUSE)
+        ratio = raw.get("recompute_ratio", default_ratio)
+        _check("mode", mode, lambda v: v in list(Mode), f"one of {[str(m) for m in Mode]}")
+        _check("recompute_ratio", ratio, _is_ratio, "a number from 0 to 1")
+        return cls(Mode(mode), float(ratio))
+
+
+def _check_keys(where: str, raw: Mapping[str, Any], known: list[str]) -> None:
+    for key in raw:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(known)}"
+            raise OptionError(f"{where} has no option {key!r}; {hint}")
+
+
+def _check(name: str, value: Any, is_valid: Callable[[Any], bool], allowed: str) -> None:
+    if not is_valid(value):
+        raise OptionError(f"option {name!r} is {value!r}; allowed: {allowed}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_ratio(value: Any) -> bool:
+    return _is_number(value) and 0.0 <= value <= 1.0

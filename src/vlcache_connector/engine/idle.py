@@ -1,0 +1,89 @@
+"""Images that could not be saved because something before them was reused: their KV is computed when the engine is idle.
+
+The embedding of such an image is exact and was stored when it was encoded. In an idle step the image is run through the
+layers behind the text that opened its conversation, in scratch blocks of the engine's own block pool, and saved as an exact
+entry. So a chat that begins with a known image still learns the later ones.
+"""
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from vlcache_connector.engine.metadata import CompileJob
+from vlcache_connector.engine.session import SchedulerSession
+from vlcache_connector.exec.model import Prompt
+from vlcache_connector.types import Run, Span
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+
+_MAX_QUEUED = 256  # prompts are kept in the queue; beyond this, new images are simply not learnt
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    span: Span  # at its place in `prompt`
+    prompt: Prompt
+
+
+class CompileQueue:
+    """Entries to compute, oldest first. Scheduler side."""
+
+    def __init__(self, session: SchedulerSession) -> None:
+        self._session = session
+        self._queue: deque[_Waiting] = deque()
+        self._queued: set[bytes] = set()
+        self._pool: BlockPool | None = None
+        self._block_size = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def bind(self, pool: "BlockPool", block_size: int) -> None:
+        self._pool, self._block_size = pool, block_size
+
+    def add(self, span: Span, prompt: Prompt) -> None:
+        """Queue the last image of `prompt`, behind the prompt's opening text and nothing else."""
+        if span.kv_key in self._queued:
+            return
+        if len(self._queue) >= _MAX_QUEUED:
+            self._session.counters.add("dropped_saves", label="queue_full")
+            return
+        opening = prompt.media[0].offset
+        moved = replace(span, offset=opening)
+        tokens = prompt.token_ids[:opening] + prompt.token_ids[span.offset : span.end]
+        self._queue.append(_Waiting(moved, Prompt(tokens, (replace(prompt.media[-1], offset=opening),))))
+        self._queued.add(span.kv_key)
+
+    def clear(self) -> None:
+        self._queue.clear()
+        self._queued.clear()
+
+    def next_job(self) -> CompileJob | None:
+        """The next entry's job, or None. What cannot be computed now is dropped, so the queue always drains."""
+        while self._queue:
+            waiting = self._queue.popleft()
+            self._queued.discard(waiting.span.kv_key)
+            job = self._make_job(waiting)
+            if job is not None:
+                return job
+            self._session.counters.add("dropped_saves", label="not_compiled")
+        return None
+
+    def _make_job(self, waiting: _Waiting) -> CompileJob | None:
+        session, span, pool = self._session, waiting.span, self._pool
+        embedding = session.index.get(span.embedding_key)
+        num_blocks = -(-span.end // self._block_size)
+        if pool is None or embedding is None or embedding.num_tokens != span.length:
+            return None
+        if session.index.holds(span.kv_key) or pool.get_num_free_blocks() < num_blocks:
+            return None
+        session.index.pin(embedding)  # the reservation below must not evict it
+        entry = session.reserve(span.kv_key, session.layout.kv_nbytes(span.length), span.length)
+        session.index.unpin(embedding)
+        if entry is None:
+            return None
+        blocks = pool.get_new_blocks(num_blocks)
+        job_id = session.new_job(pinned=[embedding], written=entry, on_done=lambda error: pool.free_blocks(blocks))
+        block_ids = tuple(block.block_id for block in blocks)
+        return CompileJob(job_id, waiting.prompt, block_ids, span.run, embedding.extent, entry.extent)

@@ -1,0 +1,84 @@
+"""What Qwen2.5-VL and Qwen3-VL have in common: M-RoPE positions and a Qwen decoder below `language_model.model`."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+from vlcache_connector.errors import UnsupportedModelError
+from vlcache_connector.exec.model import Prompt
+from vlcache_connector.exec.rope import Rope
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """The one attribute of vLLM's processed media fields that the position functions read."""
+
+    data: torch.Tensor
+
+
+class QwenVLStack:
+    """Layer adapter; see `exec.model.LayerStack`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._decoder = model.language_model.model
+        self.rope = _rope_of(self._decoder.layers[0].self_attn.rotary_emb)
+
+    @classmethod
+    def attach(cls, model: torch.nn.Module) -> Self:
+        return cls(model)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._decoder.layers)
+
+    def positions(self, prompt: Prompt) -> torch.Tensor:
+        features = [
+            MultiModalFeatureSpec(
+                data={"image_grid_thw": _Field(torch.tensor(media.grid))},
+                modality="image",
+                identifier="",
+                mm_position=PlaceholderRange(media.offset, media.length),
+            )
+            for media in prompt.media
+        ]
+        positions, _ = self._model.get_mrope_input_positions(list(prompt.token_ids), features)
+        return positions
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        # Placeholder ids may lie outside the vocabulary; their rows are overwritten with encoder output afterwards.
+        in_vocabulary = token_ids.clamp(max=self._decoder.vocab_size - 1)
+        return self._decoder.embed_tokens(in_vocabulary).clone()
+
+    def run_layer(
+        self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._decoder.layers[layer](positions, hidden, residual)
+
+
+def _rope_of(rotary: Any) -> Rope:
+    """The rotation of a live rotary embedding, checked against the table that the engine itself uses."""
+    if type(rotary) is not MRotaryEmbedding:
+        raise UnsupportedModelError(f"rotary embedding {type(rotary).__name__} was not verified for re-positioning")
+    inv_freq = rotary._compute_inv_freq(rotary.base).float().cpu()
+    _check_against_table(inv_freq, rotary)
+    return Rope(inv_freq, rotary.is_neox_style)
+
+
+def _check_against_table(inv_freq: torch.Tensor, rotary: Any) -> None:
+    """Position 1 and a far one must give the engine's cosines, up to the rounding of the table's dtype."""
+    table = rotary.cos_sin_cache
+    for position in (1, min(1000, len(table) - 1)):
+        cos, sin = (inv_freq * position).cos(), (inv_freq * position).sin()
+        wanted = rotary.mscale * torch.cat((cos, sin))
+        # One rounding of values up to mscale, and the fp32 error of an angle of `position` radians.
+        bound = rotary.mscale * (torch.finfo(table.dtype).eps + 2 * position * torch.finfo(torch.float32).eps)
+        gap = (table[position].float().cpu() - wanted).abs().max().item()
+        if gap > bound:
+            raise UnsupportedModelError(
+                f"the engine's rotary table differs from the plain rotation by {gap:.2e} at position {position}; "
+                "this rope scaling was not verified for re-positioning"
+            )

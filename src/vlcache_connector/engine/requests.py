@@ -1,0 +1,106 @@
+"""What the scheduler side remembers of each request, and how that is read off vLLM's request object."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlcache_connector.config import RequestOptions
+from vlcache_connector.engine.namespace import Chain
+from vlcache_connector.engine.support import feature_reason, request_reason
+from vlcache_connector.errors import OptionError
+from vlcache_connector.exec.model import Media, Prompt
+from vlcache_connector.plan.keys import KeySpace
+from vlcache_connector.types import Mode, Reason, ReusePlan, Span
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+PARAMS_KEY = "vlcache"
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One live request. `spans` and `media` describe its media items up to the first that cannot be a span."""
+
+    request: "Request"
+    options: RequestOptions
+    declined: Reason | None  # for good
+    error: str | None = None  # what was wrong with the request's options
+    spans: tuple[Span, ...] = ()
+    media: tuple[Media, ...] = ()
+    chain: Chain | None = None  # where the block hashes leave the exact chain
+    plan: ReusePlan | Reason | None = None  # outcome of the latest question
+    is_approximate: bool = False  # some KV of this request is, or builds on, reused KV
+    num_local: int = 0
+    first_saved: int = 0  # spans before this one were completed and dealt with
+    reports: bool = False  # whether the response says what happened
+
+    def prompt(self, end: int) -> Prompt:
+        """The prompt's first `end` tokens, for the worker."""
+        tokens = self.request.prompt_token_ids
+        assert tokens is not None
+        return Prompt(tuple(tokens[:end]), tuple(m for m in self.media if m.offset + m.length <= end))
+
+    def report(self) -> dict[str, Any]:
+        """The response's `kv_transfer_params["vlcache"]`: where the prompt's tokens came from, and why not elsewhere."""
+        plan = self.plan if isinstance(self.plan, ReusePlan) else None
+        reused = plan.num_reused if plan else 0
+        recomputed = plan.num_recomputed if plan else 0
+        report: dict[str, Any] = {
+            "mode": str(self.options.mode),
+            "reused_tokens": reused,
+            "recomputed_tokens": recomputed,
+            "prefix_cached_tokens": self.num_local,
+            "computed_tokens": self.request.num_prompt_tokens - self.num_local - reused - recomputed,
+            "tier": "host" if plan else None,
+            "approximate": self.is_approximate,
+        }
+        reason = self.declined or (self.plan if isinstance(self.plan, Reason) else None)
+        if reason is not None:
+            report["reason"] = str(reason)
+        if self.error is not None:
+            report["error"] = self.error
+        return report
+
+
+def describe(request: "Request", keys: KeySpace, default_ratio: float, trust_client_uuids: bool) -> RequestState:
+    """Read a new request. Bad options make it a request in mode `off` that carries the error."""
+    params = request.kv_transfer_params
+    raw = params.get(PARAMS_KEY) if isinstance(params, dict) else None
+    reports = bool(request.mm_features) or raw is not None
+    try:
+        options = RequestOptions.parse(raw, default_ratio)
+    except OptionError as error:
+        off = RequestOptions(Mode.OFF, default_ratio)
+        return RequestState(request, off, Reason.INVALID_OPTIONS, str(error), reports=reports)
+    reason = Reason.MODE if options.mode is Mode.OFF else request_reason(request)
+    state = RequestState(request, options, reason, reports=reports)
+    if reason is None:
+        _find_spans(state, keys, trust_client_uuids)
+    return state
+
+
+def _find_spans(state: RequestState, keys: KeySpace, trust_client_uuids: bool) -> None:
+    """Fill in spans and media up to the first item that cannot be a span: later positions may depend on that item."""
+    salt = state.request.cache_salt
+    spans: list[Span] = []
+    media: list[Media] = []
+    for feature in sorted(state.request.mm_features, key=lambda f: f.mm_position.offset):
+        reason = feature_reason(feature, trust_client_uuids)
+        if reason is not None:
+            state.declined = None if spans else reason
+            break
+        offset, length = feature.mm_position.offset, feature.mm_position.length
+        identifier = feature.identifier
+        spans.append(Span(offset, length, keys.kv(identifier, salt), keys.embedding(identifier, salt)))
+        media.append(Media(offset, length, tuple(feature.data["image_grid_thw"].data.tolist())))  # type: ignore[index]
+    state.spans, state.media = tuple(spans), tuple(media)
+
+
+def wants_embeddings(request: "Request") -> bool:
+    """Whether encoder outputs may be stored for, and served to, this request. They are exact in every mode."""
+    params = request.kv_transfer_params
+    raw = params.get(PARAMS_KEY) if isinstance(params, dict) else None
+    try:
+        return RequestOptions.parse(raw, 0.0).mode is not Mode.OFF
+    except OptionError:
+        return False

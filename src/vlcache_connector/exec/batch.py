@@ -1,0 +1,85 @@
+"""Virtual sequences: how tokens at scattered positions of several requests become one batch that attention understands.
+
+Each run [a, b) of recomputed tokens is one row: query length b - a, sequence length b, and the block table of its request.
+Causal masking aligned to the end of the row then gives each token exactly its own prefix, because in every layer the KV of
+the whole batch is written before attention reads. The same holds when the runs of one request are spread over several
+passes, as long as earlier positions go first.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlcache_connector.types import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One virtual sequence: tokens `run` of the request number `request`."""
+
+    request: int
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualBatch:
+    """One pass. Tensors are on the pages' device unless said otherwise."""
+
+    rows: tuple[Row, ...]
+    query_start_loc: torch.Tensor  # [rows + 1] int32, on the CPU
+    seq_lens: torch.Tensor  # [rows] int32, on the CPU
+    block_table: torch.Tensor  # [rows, blocks] int32
+    slots: torch.Tensor  # [tokens] int64
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_start_loc[-1])
+
+    @property
+    def max_query_len(self) -> int:
+        return max(len(row.run) for row in self.rows)
+
+    @property
+    def max_seq_len(self) -> int:
+        return max(row.run.end for row in self.rows)
+
+
+def split_passes(rows: Iterable[Row], max_tokens: int) -> Iterator[tuple[Row, ...]]:
+    """Rows in order, cut into passes of at most `max_tokens` tokens; a long run continues in the next pass."""
+    batch: list[Row] = []
+    room = max_tokens
+    for row in rows:
+        start = row.run.start
+        while start < row.run.end:
+            end = min(row.run.end, start + room)
+            batch.append(Row(row.request, Run(start, end)))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield tuple(batch)
+                batch, room = [], max_tokens
+    if batch:
+        yield tuple(batch)
+
+
+def build_batch(
+    rows: Sequence[Row], block_ids: Sequence[Sequence[int]], block_size: int, device: torch.device
+) -> VirtualBatch:
+    """Tensors of one pass. `block_ids[row.request]` are the blocks of a row's request."""
+    tables = [torch.tensor(ids, dtype=torch.int32) for ids in block_ids]
+    table = torch.zeros(len(rows), max(len(t) for t in tables), dtype=torch.int32)
+    slots: list[torch.Tensor] = []
+    for i, row in enumerate(rows):
+        blocks = tables[row.request]
+        table[i, : len(blocks)] = blocks
+        positions = torch.arange(row.run.start, row.run.end)
+        slots.append(blocks[positions // block_size].long() * block_size + positions % block_size)
+    lengths = torch.tensor([0] + [len(row.run) for row in rows], dtype=torch.int32)
+    return VirtualBatch(
+        rows=tuple(rows),
+        query_start_loc=lengths.cumsum(0, dtype=torch.int32),
+        seq_lens=torch.tensor([row.run.end for row in rows], dtype=torch.int32),
+        block_table=table.to(device),
+        slots=torch.cat(slots).to(device),
+    )

@@ -1,0 +1,56 @@
+"""What the recompute pass needs of a model. One implementation per model family, in `engine/models/`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vlcache_connector.exec.rope import Rope
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One media item of a prompt, as far as positions depend on it."""
+
+    offset: int
+    length: int
+    grid: tuple[int, int, int]  # patches in time, height, width, before the encoder merges them
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The first tokens of a request and the media items that lie fully within them."""
+
+    token_ids: tuple[int, ...]
+    media: tuple[Media, ...]
+
+
+class LayerStack(Protocol):
+    """A live decoder, layer by layer. All methods run on the model's device, in its dtype."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def rope(self) -> Rope:
+        """The rotation that the layers apply to keys."""
+        ...
+
+    def positions(self, prompt: Prompt) -> torch.Tensor:
+        """Rope positions [3, tokens] of a prompt, int64, on the CPU."""
+        ...
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Input rows [n, hidden] of text tokens [n], a tensor that the caller may write to."""
+        ...
+
+    def split_embedding(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Encoder output [n, width] as [n, hidden] pieces: the input rows, then what is added after layer 0, 1, ..."""
+        ...
+
+    def run_layer(
+        self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One decoder layer over rows [n, hidden] at `positions` [3, n], inside an attention context."""
+        ...

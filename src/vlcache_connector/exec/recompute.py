@@ -1,0 +1,86 @@
+"""The recompute pass: tokens that are not reused run through the model's own layers as virtual sequences.
+
+Fresh KV overwrites the pages. Nothing is sampled: the engine's forward, which comes after, computes the rest of the prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from vlcache_connector.exec.batch import Row, VirtualBatch, build_batch, split_passes
+from vlcache_connector.exec.model import LayerStack
+from vlcache_connector.types import Run
+
+AttentionContext = Callable[[VirtualBatch], AbstractContextManager[None]]
+"""Makes the engine's attention layers see a virtual batch while the context is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceInput:
+    """One request's part of a pass."""
+
+    token_ids: torch.Tensor  # [tokens] int64, on the CPU
+    positions: torch.Tensor  # [3, tokens] int64, on the CPU
+    block_ids: Sequence[int]
+    runs: Sequence[Run]  # what to compute, in order
+    embeddings: Sequence[tuple[int, torch.Tensor]]  # (offset of a span, its encoder output [length, width])
+
+
+class Recompute:
+    """Runs recompute passes on one rank."""
+
+    def __init__(
+        self, stack: LayerStack, context: AttentionContext, block_size: int, max_tokens: int, device: torch.device
+    ) -> None:
+        self._stack = stack
+        self._context = context
+        self._block_size = block_size
+        self._max_tokens = max_tokens
+        self._device = device
+
+    def run(self, sequences: Sequence[SequenceInput]) -> int:
+        """Compute all runs of all sequences; returns the number of passes that took."""
+        rows = [Row(i, run) for i, sequence in enumerate(sequences) for run in sequence.runs]
+        num_passes = 0
+        for part in split_passes(rows, self._max_tokens):
+            self._run_pass(part, sequences)
+            num_passes += 1
+        return num_passes
+
+    def _run_pass(self, rows: Sequence[Row], sequences: Sequence[SequenceInput]) -> None:
+        batch = build_batch(rows, [s.block_ids for s in sequences], self._block_size, self._device)
+        hidden, added = self._inputs(rows, sequences)
+        positions = torch.cat([sequences[r.request].positions[:, r.run.start : r.run.end] for r in rows], dim=1)
+        positions = positions.to(self._device)
+        residual: torch.Tensor | None = None
+        with self._context(batch):
+            for layer in range(self._stack.num_layers):
+                hidden, residual = self._stack.run_layer(layer, positions, hidden, residual)
+                if layer < len(added):
+                    hidden = hidden + added[layer]
+
+    def _inputs(
+        self, rows: Sequence[Row], sequences: Sequence[SequenceInput]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Input rows [n, hidden] of a pass, and the rows to add after the first layers (zero for text)."""
+        ids = torch.cat([sequences[r.request].token_ids[r.run.start : r.run.end] for r in rows])
+        hidden = self._stack.embed(ids.to(self._device))
+        added: list[torch.Tensor] = []
+        start = 0
+        for row in rows:
+            for offset, embedding in sequences[row.request].embeddings:
+                common = row.run.intersect(Run(offset, offset + len(embedding)))
+                if not len(common):
+                    continue
+                rows_of_span = embedding[common.start - offset : common.end - offset].to(self._device)
+                pieces = self._stack.split_embedding(rows_of_span)
+                where = slice(start + common.start - row.run.start, start + common.end - row.run.start)
+                hidden[where] = pieces[0].to(hidden.dtype)
+                if len(pieces) > 1 and not added:
+                    added = [torch.zeros_like(hidden) for _ in pieces[1:]]
+                for target, piece in zip(added, pieces[1:], strict=True):
+                    target[where] = piece.to(hidden.dtype)
+            start += len(row.run)
+        return hidden, added

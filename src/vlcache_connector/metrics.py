@@ -1,0 +1,47 @@
+"""Names of everything that is counted, in one place, and the counters that the two sides of the connector fill.
+
+Only `engine/stats.py` talks to Prometheus; there each name gets the prefix `vllm:vlcache_`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    help: str
+    label: str | None = None
+
+
+METRICS: dict[str, Metric] = {
+    "hits": Metric("Requests that reused stored KV."),
+    "declines": Metric("Requests with media that were left to the engine.", "reason"),
+    "deferrals": Metric("Times a request waited one engine step.", "reason"),
+    "reused_tokens": Metric("Prompt tokens whose KV came from an entry."),
+    "recomputed_tokens": Metric("Prompt tokens run through the layers by the recompute pass."),
+    "passes": Metric("Recompute passes."),
+    "loaded_bytes": Metric("Bytes of KV copied from the host tier into pages."),
+    "saved_bytes": Metric("Bytes copied from the device into the host tier.", "part"),
+    "saved_entries": Metric("Entries written to the host tier.", "part"),
+    "compiled_entries": Metric("Entries computed while the engine was idle."),
+    "dropped_saves": Metric("Entries that were not written.", "reason"),
+    "loaded_embeddings": Metric("Encoder outputs taken from the host tier instead of running the encoder."),
+    "evictions": Metric("Entries evicted from the host tier."),
+    "failures": Metric("Errors inside the connector; each ended as ordinary computation.", "stage"),
+}
+
+
+class Counters:
+    """Counts since the last `take`."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+
+    def add(self, name: str, value: float = 1, label: str = "") -> None:
+        assert (METRICS[name].label is None) == (label == ""), f"metric {name!r} with label {label!r}"
+        key = f"{name}:{label}" if label else name
+        self._values[key] = self._values.get(key, 0) + value
+
+    def take(self) -> dict[str, float]:
+        """All counts as `name` or `name:label`, and start again from zero."""
+        values, self._values = self._values, {}
+        return values

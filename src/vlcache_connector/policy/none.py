@@ -1,0 +1,10 @@
+"""Recompute nothing within a span: naive position-independent reuse, the lower bound of the other policies."""
+
+from vlcache_connector.types import Run
+
+
+class NoRecompute:
+    name = "none"
+
+    def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:
+        return ()

@@ -1,0 +1,111 @@
+"""Words of the domain as plain data. No torch, no vLLM: every other module may import this one."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Mode(StrEnum):
+    """What one request agrees to."""
+
+    REUSE = "reuse"  # KV of known spans may be approximate
+    EXACT = "exact"  # only true prefix hits; encoder embeddings (always exact) are still reused
+    OFF = "off"  # plain vLLM
+
+
+class Reason(StrEnum):
+    """Why a request, or a part of it, was left to the engine. Values are metric labels."""
+
+    INVALID_OPTIONS = "invalid_options"
+    MODE = "mode"
+    NO_MEDIA = "no_media"
+    MISS = "miss"
+    BEHIND_NEW_IMAGE = "behind_new_image"
+    IN_PREFIX_CACHE = "in_prefix_cache"
+    TOO_FEW_TOKENS = "too_few_tokens"
+    LOAD_FAILED = "load_failed"
+    LORA = "lora"
+    PROMPT_LOGPROBS = "prompt_logprobs"
+    POOLING = "pooling"
+    PROMPT_EMBEDS = "prompt_embeds"
+    STREAMING_INPUT = "streaming_input"
+    EMBEDDING_INPUT = "embedding_input"
+    MODALITY = "modality"
+    SPARSE_PLACEHOLDER = "sparse_placeholder"
+    CLIENT_UUID = "client_uuid"
+    ENGINE = "engine"  # something about the whole engine; the log names it
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A half-open range of token positions [start, end)."""
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return max(0, self.end - self.start)
+
+    def intersect(self, other: "Run") -> "Run":
+        """The common range; empty (length 0) when the two are disjoint."""
+        return Run(max(self.start, other.start), min(self.end, other.end))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Prompt tokens [offset, offset + length) of one reusable item, and the keys under which the store knows it."""
+
+    offset: int
+    length: int
+    kv_key: bytes
+    embedding_key: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    @property
+    def run(self) -> Run:
+        return Run(self.offset, self.end)
+
+
+@dataclass(frozen=True, slots=True)
+class SpanPlan:
+    """The part of a plan that concerns one span: absolute runs of reused and of recomputed tokens."""
+
+    span: Span
+    reused: tuple[Run, ...]
+    recomputed: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReusePlan:
+    """Which tokens of the covered range [start, end) are reused and which are recomputed; the rest is the engine's.
+
+    `recomputed` holds every token of the range that is not reused, in order: text, separators, and chosen span tokens.
+    """
+
+    start: int
+    end: int
+    spans: tuple[SpanPlan, ...]
+    recomputed: tuple[Run, ...]
+
+    @property
+    def num_reused(self) -> int:
+        return sum(len(run) for part in self.spans for run in part.reused)
+
+    @property
+    def num_recomputed(self) -> int:
+        return sum(len(run) for run in self.recomputed)
+
+    @property
+    def first_reused(self) -> int | None:
+        """Position of the first token whose KV is approximate; None when the plan reuses nothing."""
+        return min((run.start for part in self.spans for run in part.reused), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A byte range of the host slab."""
+
+    offset: int
+    nbytes: int

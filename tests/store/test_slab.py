@@ -1,0 +1,147 @@
+"""Views of entries in the slab: where they lie, what they look like, and that nothing but them changes."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from vlcache_connector.store.extents import ALIGNMENT, ExtentAllocator
+from vlcache_connector.store.slab import POSITION_CHANNELS, EntryLayout, Slab
+from vlcache_connector.types import Extent
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+NUM_TOKENS = [1, 3, 16, 41]
+GUARD = 0xA5
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_length = pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+
+
+def layout_of(dtype: torch.dtype) -> EntryLayout:
+    """Odd sizes on purpose: no entry of it is a whole number of alignment units."""
+    return EntryLayout(
+        num_layers=3, num_kv_heads=2, head_dim=5, kv_dtype=dtype, embedding_width=7, embedding_dtype=dtype
+    )
+
+
+def slab_with_two(dtype: torch.dtype, num_tokens: int) -> tuple[Slab, Extent, Extent]:
+    """A slab full of guard bytes with room for two KV entries, and their extents as the allocator gives them."""
+    layout = layout_of(dtype)
+    allocator = ExtentAllocator(4 * (layout.kv_nbytes(num_tokens) + ALIGNMENT))
+    slab = Slab(allocator.capacity, layout)
+    raw_bytes(slab.embedding(Extent(0, 0), 1)).fill_(GUARD)
+    extents = [allocator.allocate(layout.kv_nbytes(num_tokens)) for _ in range(2)]
+    assert extents[0] is not None
+    assert extents[1] is not None
+    return slab, extents[0], extents[1]
+
+
+def raw_bytes(view: torch.Tensor) -> torch.Tensor:
+    """All bytes of the slab that a view lies in."""
+    return torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage())
+
+
+def byte_range(view: torch.Tensor) -> tuple[int, int]:
+    assert view.is_contiguous()
+    start = view.storage_offset() * view.element_size()
+    return start, start + view.numel() * view.element_size()
+
+
+def random_bits(shape: torch.Size, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Every bit pattern, NaN and infinities included."""
+    generator = torch.Generator().manual_seed(seed)
+    count = shape.numel() * dtype.itemsize
+    return torch.randint(256, (count,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@every_dtype
+@every_length
+def test_shapes_and_dtypes_are_the_layouts(dtype: torch.dtype, num_tokens: int) -> None:
+    slab, extent, _ = slab_with_two(dtype, num_tokens)
+    kv, positions = slab.kv(extent, num_tokens), slab.positions(extent, num_tokens)
+    embedding = slab.embedding(extent, num_tokens)
+    assert (kv.shape, kv.dtype) == ((3, 2, num_tokens, 2, 5), dtype)
+    assert (positions.shape, positions.dtype) == ((POSITION_CHANNELS, num_tokens), torch.int32)
+    assert (embedding.shape, embedding.dtype) == ((num_tokens, 7), dtype)
+
+
+@every_dtype
+@every_length
+def test_views_of_one_entry_lie_apart_within_its_extent(dtype: torch.dtype, num_tokens: int) -> None:
+    slab, _, extent = slab_with_two(dtype, num_tokens)
+    kv, positions = byte_range(slab.kv(extent, num_tokens)), byte_range(slab.positions(extent, num_tokens))
+    assert extent.offset == kv[0]
+    assert kv[1] <= positions[0]
+    assert positions[1] <= extent.offset + extent.nbytes
+    assert kv[1] - kv[0] == slab.layout.kv_payload_nbytes(num_tokens)
+    assert positions[1] - extent.offset == slab.layout.kv_nbytes(num_tokens)
+
+
+@every_dtype
+@every_length
+def test_an_embedding_fills_its_extent_as_announced(dtype: torch.dtype, num_tokens: int) -> None:
+    slab, _, extent = slab_with_two(dtype, num_tokens)
+    start, end = byte_range(slab.embedding(extent, num_tokens))
+    assert start == extent.offset
+    assert end - start == slab.layout.embedding_nbytes(num_tokens) == num_tokens * 7 * dtype.itemsize
+
+
+@every_dtype
+@every_length
+def test_every_view_is_aligned_for_its_elements(dtype: torch.dtype, num_tokens: int) -> None:
+    slab, _, extent = slab_with_two(dtype, num_tokens)
+    assert byte_range(slab.kv(extent, num_tokens))[0] % ALIGNMENT == 0
+    assert byte_range(slab.positions(extent, num_tokens))[0] % 64 == 0, "positions start on a cache line"
+
+
+@every_dtype
+def test_a_layer_is_one_contiguous_range_and_layers_follow_each_other(dtype: torch.dtype) -> None:
+    slab, extent, _ = slab_with_two(dtype, 16)
+    ranges = [byte_range(layer) for layer in slab.kv(extent, 16)]
+    assert all(a[1] == b[0] for a, b in pairwise(ranges))
+
+
+@every_dtype
+@every_length
+def test_what_is_written_is_read_back_bit_for_bit(dtype: torch.dtype, num_tokens: int) -> None:
+    slab, first, second = slab_with_two(dtype, num_tokens)
+    wanted = {}
+    for seed, extent in enumerate((first, second)):
+        kv = random_bits(slab.kv(extent, num_tokens).shape, dtype, seed)
+        positions = random_bits(slab.positions(extent, num_tokens).shape, torch.int32, seed + 10)
+        slab.kv(extent, num_tokens).copy_(kv)
+        slab.positions(extent, num_tokens).copy_(positions)
+        wanted[extent] = kv, positions
+    for extent, (kv, positions) in wanted.items():
+        assert same_bits(slab.kv(extent, num_tokens), kv)
+        assert same_bits(slab.positions(extent, num_tokens), positions)
+
+
+@every_dtype
+@every_length
+def test_an_embedding_is_read_back_bit_for_bit(dtype: torch.dtype, num_tokens: int) -> None:
+    slab, extent, _ = slab_with_two(dtype, num_tokens)
+    rows = random_bits(slab.embedding(extent, num_tokens).shape, dtype, 0)
+    slab.embedding(extent, num_tokens).copy_(rows)
+    assert same_bits(slab.embedding(extent, num_tokens), rows)
+
+
+@every_dtype
+@every_length
+@pytest.mark.parametrize("part", ["kv", "positions", "embedding"])
+def test_writing_a_view_changes_its_own_bytes_and_no_others(dtype: torch.dtype, num_tokens: int, part: str) -> None:
+    slab, extent, _ = slab_with_two(dtype, num_tokens)
+    view: torch.Tensor = getattr(slab, part)(extent, num_tokens)
+    view.zero_()
+    changed = (raw_bytes(view) != GUARD).nonzero().flatten().tolist()
+    assert changed == list(range(*byte_range(view)))
+
+
+def test_views_share_the_slabs_memory() -> None:
+    slab, extent, _ = slab_with_two(torch.float32, 3)
+    slab.kv(extent, 3).fill_(2.0)
+    assert slab.kv(extent, 3).eq(2.0).all()

@@ -1,0 +1,160 @@
+"""Options: defaults, every bad value by name, and unknown keys."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
+
+import pytest
+
+from vlcache_connector.config import Options, RequestOptions
+from vlcache_connector.errors import OptionError
+from vlcache_connector.policy import POLICIES
+from vlcache_connector.types import Mode
+
+NAN, INF = math.nan, math.inf
+
+# option -> good values, bad values, what the message must say is allowed
+OPTIONS: dict[str, tuple[list[Any], list[Any], str]] = {
+    "policy": (sorted(POLICIES), ["Leading", "", None, 1, True, ["leading"], {"a": 1}], "leading"),
+    "recompute_ratio": (
+        [0, 1, 0.0, 1.0, 0.05, 1e-300],
+        [-0.01, 1.01, -1, 2, NAN, INF, -INF, True, False, "0.05", None, [0.1]],
+        "from 0 to 1",
+    ),
+    "host_gib": (
+        [1, 0.25, 512],
+        [0, 0.0, -1, -0.5, NAN, INF, -INF, True, False, "4", None, [4]],
+        "above 0",
+    ),
+    "min_reuse_tokens": ([1, 64, 10**6], [0, -1, 1.0, 64.5, NAN, INF, True, False, "64", None, [1]], "from 1"),
+    "trust_client_uuids": ([True, False], [0, 1, "true", None, [], 1.0], "true or false"),
+}
+BAD = [(name, value, allowed) for name, (_, bad, allowed) in OPTIONS.items() for value in bad]
+GOOD = [(name, value) for name, (good, _, _) in OPTIONS.items() for value in good]
+
+
+def message_of(parse: Callable[[], object]) -> str:
+    with pytest.raises(OptionError) as caught:
+        parse()
+    return str(caught.value)
+
+
+# -- options of the connector -----------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_this_file_know_every_option() -> None:
+    assert set(OPTIONS) == {field.name for field in fields(Options)}
+
+
+def test_an_empty_configuration_gives_the_documented_defaults() -> None:
+    assert asdict(Options.parse({})) == {
+        "policy": "leading",
+        "recompute_ratio": 0.05,
+        "host_gib": 4.0,
+        "min_reuse_tokens": 64,
+        "trust_client_uuids": False,
+    }
+
+
+@pytest.mark.parametrize(("name", "value"), GOOD, ids=repr)
+def test_a_valid_value_is_taken_and_changes_nothing_else(name: str, value: Any) -> None:
+    assert asdict(Options.parse({name: value})) == {**asdict(Options()), name: value}
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), BAD, ids=repr)
+def test_a_bad_value_is_an_error_that_names_option_value_and_what_is_allowed(
+    name: str, value: Any, allowed: str
+) -> None:
+    message = message_of(lambda: Options.parse({name: value}))
+    assert repr(name) in message
+    assert repr(value) in message
+    assert allowed in message.partition("allowed:")[2]
+
+
+def test_the_error_of_a_bad_policy_lists_all_policies() -> None:
+    message = message_of(lambda: Options.parse({"policy": "lru"}))
+    assert all(repr(name) in message for name in POLICIES)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("host_gb", "host_gib"),
+        ("recompute_ration", "recompute_ratio"),
+        ("Policy", "policy"),
+        ("min_reuse_token", "min_reuse_tokens"),
+        ("trust_client_uuid", "trust_client_uuids"),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_names_the_nearest_option(key: str, nearest: str) -> None:
+    message = message_of(lambda: Options.parse({key: 1}))
+    assert repr(key) in message
+    assert f"did you mean {nearest!r}?" in message
+    assert "kv_connector_extra_config" in message
+
+
+def test_a_key_that_resembles_nothing_lists_all_options() -> None:
+    message = message_of(lambda: Options.parse({"zzz": 1}))
+    assert all(name in message for name in OPTIONS)
+
+
+def test_options_cannot_change() -> None:
+    with pytest.raises(AttributeError):
+        Options().policy = "full"  # type: ignore[misc]
+
+
+# -- options of one request -------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_says_nothing_gets_reuse_at_the_engines_ratio() -> None:
+    assert RequestOptions.parse(None, 0.2) == RequestOptions(Mode.REUSE, 0.2)
+    assert RequestOptions.parse({}, 0.2) == RequestOptions(Mode.REUSE, 0.2)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_each_mode_is_read(mode: Mode) -> None:
+    parsed = RequestOptions.parse({"mode": str(mode)}, 0.2)
+    assert parsed == RequestOptions(mode, 0.2)
+    assert type(parsed.mode) is Mode
+
+
+@pytest.mark.parametrize("ratio", OPTIONS["recompute_ratio"][0])
+def test_a_request_sets_its_own_ratio(ratio: float) -> None:
+    parsed = RequestOptions.parse({"recompute_ratio": ratio}, 0.2)
+    assert parsed == RequestOptions(Mode.REUSE, ratio)
+    assert type(parsed.recompute_ratio) is float
+
+
+@pytest.mark.parametrize("mode", ["Reuse", "on", "", None, True, 1, ["reuse"], {"mode": "off"}], ids=repr)
+def test_a_bad_mode_is_an_error_that_lists_the_modes(mode: Any) -> None:
+    message = message_of(lambda: RequestOptions.parse({"mode": mode}, 0.2))
+    assert "'mode'" in message
+    assert repr(mode) in message
+    assert all(repr(str(each)) in message.partition("allowed:")[2] for each in Mode)
+
+
+@pytest.mark.parametrize("ratio", OPTIONS["recompute_ratio"][1], ids=repr)
+def test_a_bad_ratio_of_a_request_is_an_error(ratio: Any) -> None:
+    message = message_of(lambda: RequestOptions.parse({"recompute_ratio": ratio}, 0.2))
+    assert "'recompute_ratio'" in message
+    assert repr(ratio) in message
+    assert "from 0 to 1" in message
+
+
+@pytest.mark.parametrize("raw", ["reuse", 1, True, [], ["mode"], 0.5], ids=repr)
+def test_anything_but_an_object_is_an_error(raw: Any) -> None:
+    message = message_of(lambda: RequestOptions.parse(raw, 0.2))
+    assert repr(raw) in message
+    assert 'kv_transfer_params["vlcache"]' in message
+
+
+def test_an_unknown_key_of_a_request_is_an_error_that_names_the_nearest() -> None:
+    message = message_of(lambda: RequestOptions.parse({"modes": "off"}, 0.2))
+    assert "'modes'" in message
+    assert "did you mean 'mode'?" in message
+    assert 'kv_transfer_params["vlcache"]' in message
+
+
+def test_option_errors_are_value_errors() -> None:
+    assert issubclass(OptionError, ValueError)
