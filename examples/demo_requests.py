@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import photos
 from demo_server import Server, ServerError
 
-MEGAPIXELS: dict[photos.Name, float] = {"china": 2.0, "flower": 1.0, "hopper": 4.0}
+from bench import photos
+
+MEGAPIXELS: dict[photos.Name, float] = {"china": 1.5, "flower": 1.0, "hopper": 2.0}
 ENGINE_STEP = re.compile(r"Iteration\(\d+\): (\d+) context requests.*?(?:encoder inputs: (\d+)|$)")
 
 ASSISTANT = "You are a helpful assistant."
@@ -56,11 +57,14 @@ SEEN_BEFORE = [
     Question("flower, text in front", ASSISTANT, ("Look at the petals first. ", "flower", "Which colour leads?")),
     Question("hopper, other question", INSPECTOR, ("hopper", "Is the portrait sharp enough for a poster?")),
     Question("flower + china", INSPECTOR, ("flower", "china", "Which of the two has more noise?")),
-    Question("china + hopper", CURATOR, ("Here is a building: ", "china", " and a person: ", "hopper", "Compare them.")),
+    Question(
+        "china + hopper", CURATOR, ("Here is a building: ", "china", " and a person: ", "hopper", "Compare them.")
+    ),
     Question("hopper + flower + china", ASSISTANT, ("hopper", "flower", "china", "Which one was taken indoors?")),
-    Question("china, flower, hopper", CURATOR, ("china", "First. ", "flower", "Second. ", "hopper", "Third. Order them.")),
+    Question(
+        "china, flower, hopper", CURATOR, ("china", "First. ", "flower", "Second. ", "hopper", "Third. Order them.")
+    ),
 ]
-WARM_UP = Question("warm-up", "Nothing asked.", ("warm-up", "Ready?"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ class Client:
     def forget(self) -> None:
         """Empty vLLM's own prefix and encoder caches. Entries of the connector and preprocessed pixels stay."""
         if not self._server.post("/reset_prefix_cache")["success"]:
-            raise ServerError("vLLM did not reset its prefix cache")
+            raise ServerError("vLLM could not reset its prefix cache: a request still holds blocks")
         self._server.post("/reset_encoder_cache")
 
     def ask(self, question: Question, vlcache: dict[str, Any] | None = None) -> Answer:

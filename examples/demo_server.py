@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,9 @@ from typing import Any
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "4",
+    # vLLM keeps one core free for its scheduler, which spins, and one more with a KV connector; of only two cores it
+    # then keeps none. Left alone, the server with the flag would compute with two threads and plain vLLM with one.
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that reset caches and ask the worker
 }
@@ -65,8 +69,8 @@ class Server:
 def serve(model: Path, options: list[str], log: Path) -> Iterator[Server]:
     """Serve `model`; on the way out everything is stopped, and after an error the end of the log is printed."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]  # `vllm serve`
+    command += ["--host", "127.0.0.1", "--port", str(port), *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -82,7 +86,7 @@ def serve(model: Path, options: list[str], log: Path) -> Iterator[Server]:
         server.wait_until_ready()
         yield server
     except Exception:
-        print(f"\nThe end of {log.name}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
+        print_tail(log)
         raise
     finally:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave processes behind
@@ -115,6 +119,15 @@ def session_members(session: int) -> list[int]:
             if int(its_session) == session and state != "Z":
                 members.append(int(status.parent.name))
     return members
+
+
+def print_tail(log: Path) -> None:
+    print(f"\nThe end of {log.name}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]) + "\n")
+
+
+def worker_cores(log: Path) -> list[str]:
+    """The cores that vLLM bound its workers to, as its log says; empty where it binds none."""
+    return re.findall(r"local_rank=\d+, core ids=(\[.*?\])", log.read_text(errors="replace"))
 
 
 def free_port() -> int:

@@ -58,9 +58,8 @@ def imports_of(path: Path) -> Iterator[str]:
                 kept = parents[: len(parents) - node.level + 1]
                 module = ".".join([*kept, module]) if module else ".".join(kept)
             yield from (f"{module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.fullmatch(rf"({PACKAGE}|torch|vllm)(\.\w+)+", node.value):
-                yield node.value
+        elif isinstance(node, ast.Constant) and re.fullmatch(rf"({PACKAGE}|torch|vllm)(\.\w+)+", str(node.value)):
+            yield str(node.value)
 
 
 def rooms_imported_by(path: Path) -> set[str]:

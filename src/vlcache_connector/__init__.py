@@ -1,6 +1,7 @@
 """VLCache for an unmodified vLLM: reuse what a vision-language model has already computed.
 
-Importing this package costs nothing and patches nothing; the connectors are imported on first use, because they import vLLM.
+Importing this package costs nothing and patches nothing; the connectors are imported on first use, because they
+import vLLM.
 """
 
 from importlib import import_module

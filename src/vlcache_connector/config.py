@@ -22,7 +22,7 @@ class Options:
     host_gib: float = 4.0
     """GiB of host memory for entries, in each worker process."""
     min_reuse_tokens: int = 64
-    """Smallest number of reused tokens for which a request is worth touching."""
+    """Smallest number of tokens of known media, reused or recomputed, for which a request is worth touching."""
     trust_client_uuids: bool = False
     """Accept identifiers of media that vLLM did not make by hashing their content. Only for clients that never give two
     different images the same UUID."""

@@ -1,11 +1,9 @@
 """Photographs that come with scikit-learn and matplotlib, brought to a stated size. Nothing is downloaded.
 
-| photograph | comes with   | licence                        | author                                                     |
-|------------|--------------|--------------------------------|------------------------------------------------------------|
-| china      | scikit-learn | CC BY 2.0                      | danielbuechele (flickr.com/photos/danielbuechele)          |
-| flower     | scikit-learn | CC BY 2.0                      | vultilion (flickr.com/photos/vultilion); scikit-learn's    |
-|            |              |                                | README links there, but repeats danielbuechele as its name |
-| hopper     | matplotlib   | public domain (US Navy portrait of Grace Hopper)                                            |
+- china, from scikit-learn: CC BY 2.0, by danielbuechele (flickr.com/photos/danielbuechele).
+- flower, from scikit-learn: CC BY 2.0, by vultilion (flickr.com/photos/vultilion). scikit-learn's README links there,
+  but repeats the first photographer's name.
+- hopper, from matplotlib: portrait of Grace Hopper by the US Navy, public domain.
 
 They are only resized. The originals have about 0.3 megapixels; how sharp a picture is makes no difference here.
 """

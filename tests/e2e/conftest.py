@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from checkpoints import Family, cached_checkpoint
 from e2e import inside
 from e2e.engine import Engine
@@ -26,9 +27,7 @@ def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts an engine and closes it when the session ends."""
     engines: list[Engine] = []
 
-    def start(
-        name: str, family: Family, dtype: str, connector: dict[str, Any] | None, **options: Any
-    ) -> Engine:
+    def start(name: str, family: Family, dtype: str, connector: dict[str, Any] | None, **options: Any) -> Engine:
         checkpoint = cached_checkpoint(family, 256, 4, root=Path(".checkpoints"), dtype=dtype)
         log = tmp_path_factory.mktemp(name) / "engine.log"
         engine = Engine(checkpoint, log, connector, dtype=dtype, **options)
@@ -48,8 +47,8 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="session")
 def exact_engine(start_engine: Start, family: Family) -> Engine:
-    """float32, so that agreement is tight."""
-    return _watched(start_engine(f"float32-{family}", family, "float32", {}))
+    """float32, so that agreement is tight; a host tier of 32 MB, so that a few dozen pictures overflow it."""
+    return _watched(start_engine(f"float32-{family}", family, "float32", {"host_gib": 0.03}))
 
 
 @pytest.fixture(scope="session")

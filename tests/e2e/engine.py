@@ -1,7 +1,7 @@
 """The real engine for tests: vLLM in a process of its own, asked over a pipe.
 
-vLLM keeps global state, so one process holds one engine. Inside, the engine runs in-process (unless a test wants several
-processes), so a test can send a function to look at pages, the store and the scheduler, or to plant a fault.
+vLLM keeps global state, so one process holds one engine. Inside, the engine runs in-process (unless a test wants
+several processes), so a test can send a function to look at pages, the store and the scheduler, or to plant a fault.
 """
 
 import multiprocessing
@@ -135,8 +135,11 @@ class Engine:
             raise RuntimeError(f"in the engine's process:\n{result}\nend of its log:\n{self._log_tail()}")
         return result
 
+    def log_text(self) -> str:
+        return self._log.read_text(errors="replace")
+
     def _log_tail(self) -> str:
-        lines = self._log.read_text(errors="replace").splitlines()
+        lines = self.log_text().splitlines()
         return "\n".join([line for line in lines if "set_num_threads" not in line][-30:])
 
 
@@ -186,9 +189,7 @@ def answer_of(output: Any) -> Answer:
     completion = output.outputs[0]
     logprobs = {token: value.logprob for token, value in completion.logprobs[0].items()}
     report = (output.kv_transfer_params or {}).get("vlcache", {})
-    return Answer(
-        list(completion.token_ids), logprobs, len(output.prompt_token_ids), output.num_cached_tokens, report
-    )
+    return Answer(list(completion.token_ids), logprobs, len(output.prompt_token_ids), output.num_cached_tokens, report)
 
 
 def _ask(llm: Any, asks: Sequence[Ask]) -> list[Answer]:

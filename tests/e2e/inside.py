@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from e2e.engine import Ask, request_of
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from e2e.engine import Ask, request_of
 from vlcache_connector.engine.kv_worker import VLCacheWorker
+from vlcache_connector.engine.metadata import ReuseJob
 from vlcache_connector.engine.session import SCHEDULERS
 
 _undo: list[Callable[[], None]] = []
@@ -27,11 +28,37 @@ def worker(llm: Any) -> VLCacheWorker:
 
 
 def model(llm: Any) -> Any:
-    return worker(llm)._stack._model  # type: ignore[attr-defined]
+    return core(llm).model_executor.driver_worker.worker.model_runner.model
 
 
-def num_entries(llm: Any) -> int:
-    return len(session(llm).index)
+def entry_sizes(llm: Any) -> list[int]:
+    """Bytes of the entries that can be found, KV and embeddings alike."""
+    index = session(llm).index
+    return [entry.extent.nbytes for key, entry in index._entries.items() if index.get(key) is not None]
+
+
+def num_kv_entries(llm: Any) -> int:
+    """Entries that hold KV: those whose size fits their tokens' KV, not their embedding."""
+    index, layout = session(llm).index, session(llm).layout
+    return sum(
+        entry.extent.nbytes >= layout.kv_nbytes(entry.num_tokens)
+        for key, entry in index._entries.items()
+        if index.get(key) is not None
+    )
+
+
+def cached_hashes(llm: Any, ask: Ask) -> int:
+    """How many leading blocks of a plain request for this prompt are in vLLM's prefix cache."""
+    prompt, sampling = request_of(ask)
+    llm.llm_engine.add_request("probe", prompt, sampling)
+    scheduler = core(llm).scheduler
+    (request,) = scheduler.requests.values()
+    pool = scheduler.kv_cache_manager.block_pool
+    found = [pool.get_cached_block(block_hash, [0]) is not None for block_hash in request.block_hashes]
+    llm.llm_engine.abort_request([request.request_id], internal=True)
+    while llm.llm_engine.has_unfinished_requests() or scheduler.requests:
+        llm.llm_engine.step()
+    return sum(found)
 
 
 def reset_store(llm: Any) -> None:
@@ -130,7 +157,9 @@ def repair(llm: Any) -> None:
 
 
 def compute_prefix(llm: Any, ask: Ask, num_tokens: int) -> int:
-    """Bring the whole blocks of a prompt's first tokens, and no others, into vLLM's prefix cache; returns their tokens."""
+    """Bring the whole blocks of a prompt's first tokens, and no others, into vLLM's prefix cache; returns their
+    tokens.
+    """
     prompt, sampling = request_of(ask)
     llm.llm_engine.add_request("prefix", prompt, sampling)
     scheduler = core(llm).scheduler
@@ -144,3 +173,53 @@ def compute_prefix(llm: Any, ask: Ask, num_tokens: int) -> int:
     assert keep < len(blocks), "the prompt is too short, or its request ended in its first step"
     scheduler.kv_cache_manager.block_pool.evict_blocks(set(blocks[keep:]))
     return int(keep * scheduler.block_size)
+
+
+# -- what a reuse job left in the pages
+# ------------------------------------------------------------------------------------
+
+
+def watch_jobs(llm: Any) -> None:
+    """Keep each reuse job together with the pages it left behind, before the engine's forward reads them."""
+    load = VLCacheWorker.start_load
+
+    def watching(self: VLCacheWorker, metadata: Any) -> None:
+        load(self, metadata)
+        _watched_jobs.extend((job, pages_of(self, job)) for job in metadata.reuse)
+
+    VLCacheWorker.start_load = watching  # type: ignore[method-assign]
+    _undo.append(lambda: setattr(VLCacheWorker, "start_load", load))
+
+
+_watched_jobs: list[tuple[ReuseJob, torch.Tensor]] = []
+
+
+def pages_of(side: VLCacheWorker, job: ReuseJob) -> torch.Tensor:
+    """Keys and values [layers, 2, tokens, heads, dim] of a request up to the end of its covered range."""
+    pages = side._pages
+    assert pages is not None
+    end = max(run.end for run in (*job.recomputed, *(run for span in job.spans for run in span.reused)))
+    return torch.stack([pages.read(layer, job.block_ids, 0, end) for layer in range(len(pages.layers))])
+
+
+def last_job(llm: Any) -> dict[str, Any]:
+    """The latest watched job as plain data: runs, pages, stored entries, positions, embeddings."""
+    job, pages = _watched_jobs[-1]
+    side = worker(llm)
+    slab = side._session.slab
+    return {
+        "token_ids": job.prompt.token_ids,
+        "positions": side._stack.positions(job.prompt),
+        "recomputed": job.recomputed,
+        "pages": pages,
+        "spans": [
+            {
+                "offset": span.offset,
+                "reused": span.reused,
+                "entry": slab.kv(span.kv, span.length).clone(),
+                "stored_positions": slab.positions(span.kv, span.length).clone(),
+                "embedding": slab.embedding(span.embedding, span.length).clone(),
+            }
+            for span in job.spans
+        ],
+    }

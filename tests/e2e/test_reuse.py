@@ -1,14 +1,15 @@
 """Reuse at any position, on both model families, against plain computation by the same engine.
 
-The yardstick of agreement is the engine's own noise: how far the log-probabilities of a prompt move when plain vLLM serves it
-once computed and once from its prefix cache, over prompts of which 1 to 32 tokens are left behind the cached blocks. Everything
-that is exact in theory must stay within twice the largest noise seen (the sum of two such deviations), plus the resolution of a
-float32 log-probability of size 10.
+The yardstick of agreement is the engine's own noise: how far the log-probabilities of a prompt move when plain vLLM
+serves it once computed and once from its prefix cache, over prompts of which 1 to 32 tokens are left behind the
+cached blocks. Everything that is exact in theory must stay within twice the largest noise seen (the sum of two such
+deviations), plus the resolution of a float32 log-probability of size 10.
 """
 
 from collections.abc import Sequence
 
 import pytest
+
 from e2e import inside
 from e2e.engine import Answer, Ask, Engine, Picture
 
@@ -101,7 +102,9 @@ def test_reuse_covers_the_prompt_up_to_the_last_picture_without_the_encoder(fres
 
 
 def test_reuse_is_an_approximation_that_naive_copying_is_not(fresh: Engine) -> None:
-    """The same prompt at rising ratios: identical to plain at 1.0 only, so the test would notice if nothing were reused."""
+    """The same prompt at rising ratios: identical to plain at 1.0 only, so the test would notice if nothing were
+    reused.
+    """
     show_pictures(fresh)
     scene = SCENES["two in the other order"]
     expected = plain(fresh, scene)
@@ -153,7 +156,9 @@ def test_new_pictures_before_and_behind_known_ones_are_computed(fresh: Engine, b
 
 @pytest.mark.parametrize("cut", [1, 31, 32, 33, 60, 64, 96, 100, 128, 160])
 def test_reuse_builds_on_a_prefix_that_ends_anywhere(fresh: Engine, bound: float, cut: int) -> None:
-    """The engine's own prefix cache covers the prompt up to before, inside or behind a picture, at and off block borders."""
+    """The engine's own prefix cache covers the prompt up to before, inside or behind a picture, at and off block
+    borders.
+    """
     show_pictures(fresh)
     parts = [OPEN, "look closely: ", A, "then", B, "same?", CLOSE]
     expected = plain(fresh, parts)

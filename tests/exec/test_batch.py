@@ -102,8 +102,8 @@ def test_slots_of_large_caches_do_not_overflow() -> None:
 
 # -- the property -----------------------------------------------------------------------------------------------------
 #
-# Attention here has no softmax: the output of a token is the sum of (q k) v over what it attends to, in 64-bit integers.
-# Their sums do not depend on order, so two outputs are equal exactly when the same keys and values were attended to.
+# Attention here has no softmax: the output of a token is the sum of (q k) v over what it attends to, in 64-bit
+# integers. Such sums do not depend on their order, so they compare exactly: a token more, less or other shows.
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,6 @@ def test_a_pass_that_runs_before_an_earlier_one_is_noticed() -> None:
     """The property needs earlier positions first; the tests above must be able to see it broken."""
     rng = random.Random(0)
     sequences = random_sequences(rng, [12])
-    passes = [(Row(0, Run(6, 12)),), (Row(0, Run(0, 6)),)]
+    passes: list[tuple[Row, ...]] = [(Row(0, Run(6, 12)),), (Row(0, Run(0, 6)),)]
     with pytest.raises(AssertionError, match="own prefix"):
         assert_dense(sequences, run_passes(sequences, passes, empty_pages(sequences)))

@@ -302,7 +302,7 @@ BROKEN: dict[str, Layout] = {
 
 @pytest.mark.parametrize("layout", BROKEN.values(), ids=BROKEN)
 def test_a_layout_that_loses_elements_is_refused_by_name(layout: Layout) -> None:
-    with pytest.raises(RuntimeError, match="layer 0.*layout is unknown"):
+    with pytest.raises(RuntimeError, match=r"layer 0.*layout is unknown"):
         layout.pages(cache_of(layout))
 
 

@@ -1,4 +1,7 @@
-"""Pages over the cache update of vLLM's own CPU attention, as `engine/kv_worker.py` calls it. Importing vLLM takes seconds."""
+"""Pages over the cache update of vLLM's own CPU attention, as `engine/kv_worker.py` calls it.
+
+A file of its own, because importing vLLM takes seconds.
+"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -73,7 +76,7 @@ def test_what_is_written_through_the_engines_update_is_read_back_bit_for_bit(
 @every_kernel
 @every_dtype
 def test_no_other_element_changes(cpu_attn: Any, isa: str, block_size: int, dtype: torch.dtype) -> None:
-    """Into pages of NaN: as many elements are numbers afterwards as were written, and they are read back (test above)."""
+    """Into pages of NaN: afterwards there are as many numbers as were written. (That they are right: test above.)"""
     cache = cache_of(block_size, dtype)
     pages = Pages([paged_layer(cpu_attn, cache, isa)], block_size, HEADS, DIM)
     for start, end in ranges_of(block_size):

@@ -34,7 +34,8 @@ class Decoder:
         generator = torch.Generator().manual_seed(7)
 
         def weight(*shape: int) -> torch.Tensor:
-            return (torch.randn(*shape, generator=generator) / shape[-2] ** 0.5).to(dtype)
+            values: torch.Tensor = torch.randn(*shape, generator=generator) / shape[-2] ** 0.5
+            return values.to(dtype)
 
         self.dtype = dtype
         self.table = weight(VOCABULARY, WIDTH) * 4
@@ -57,7 +58,8 @@ class Decoder:
         """Causal softmax attention, aligned to the end: the last query is the last key's."""
         future = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
         scores = (q @ k.T / WIDTH**0.5).masked_fill(future, -torch.inf)
-        return scores.softmax(-1) @ v
+        rows: torch.Tensor = scores.softmax(-1) @ v
+        return rows
 
 
 @dataclass
@@ -133,7 +135,8 @@ class PagedStack:
         return self.decoder.table[token_ids]
 
     def split_embedding(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
-        return rows.split(WIDTH, dim=-1)
+        pieces: Sequence[torch.Tensor] = rows.split(WIDTH, dim=-1)
+        return pieces
 
     def run_layer(
         self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -199,10 +202,11 @@ def random_runs(rng: random.Random, num_tokens: int) -> list[Run]:
 def assert_equal_within_rounding(
     found: torch.Tensor, request: Request, reused: torch.Tensor | None = None, stored: torch.Tensor | None = None
 ) -> None:
-    """`found` is a run in fp64. Its distance from the dense forward in fp64 must be rounding, and how much that may be is
-    measured: rounding errors grow in proportion to the unit roundoff, so those of an fp64 run are those of an fp32 run
-    (dense fp32 against dense fp64) times the ratio of the two. Two fp64 runs lie at most twice as far apart, and twice that
-    is the house rule for the largest of many errors.
+    """`found` is a run in fp64. Its distance from the dense forward in fp64 must be rounding.
+
+    How much that may be is measured: rounding errors grow in proportion to the unit roundoff, so those of an fp64 run
+    are those of an fp32 run (dense fp32 against dense fp64) times the ratio of the two. Two fp64 runs lie at most twice
+    as far apart, and twice that is the house rule for the largest of many errors.
     """
     exact = dense_forward(Decoder(torch.float64), request, reused, stored)
     coarse = dense_forward(Decoder(torch.float32), request, reused, stored.float() if stored is not None else None)
@@ -264,7 +268,10 @@ def test_recomputed_tokens_see_the_kv_of_reused_ones_and_leave_it_alone(seed: in
     for request, (reused, stored) in zip(requests, expected, strict=True):
         assert_equal_within_rounding(stack.kv(request), request, reused, stored)
     written = {
-        s for r, (reused, _) in zip(requests, expected, strict=True) for s, keep in zip(r.slots, reused) if not keep
+        slot
+        for request, (reused, _) in zip(requests, expected, strict=True)
+        for slot, is_reused in zip(request.slots, reused.tolist(), strict=True)
+        if not is_reused
     }
     untouched = [slot for slot in range(NUM_BLOCKS * BLOCK_SIZE) if slot not in written]
     assert torch.equal(stack.pages[:, :, untouched].view(torch.int64), before[:, :, untouched].view(torch.int64))
@@ -293,7 +300,6 @@ def test_a_single_wrong_input_is_far_outside_the_bound(part: str) -> None:
 class Recorder:
     """A `LayerStack` that computes nothing: layers hand on their rows and note what they were given."""
 
-    levels: int
     num_layers: int = 3
     rope: Rope = field(default_factory=lambda: Rope(torch.zeros(1), is_neox=True))
     batches: list[VirtualBatch] = field(default_factory=list)
@@ -311,7 +317,8 @@ class Recorder:
         return token_ids.float()[:, None] + torch.zeros(2)
 
     def split_embedding(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
-        return rows.split(2, dim=-1)
+        pieces: Sequence[torch.Tensor] = rows.split(2, dim=-1)
+        return pieces
 
     def run_layer(
         self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
@@ -328,7 +335,7 @@ class Recorder:
 
 
 def levels_of(offset: int, length: int, levels: int) -> tuple[int, torch.Tensor]:
-    """Encoder rows whose number tells where they belong: 1000 + position, then 10^4 and 10^6 times that for each level."""
+    """Encoder rows that tell where they belong: 1000 + position, then 10^4 and 10^6 times that for each level."""
     numbers = 1000.0 + torch.arange(offset, offset + length)
     return offset, torch.stack([numbers * scale for scale in (1, 1, 10**4, 10**4, 10**6, 10**6)], dim=1)[
         :, : 2 * levels + 2
@@ -341,7 +348,7 @@ def sequence(num_tokens: int, runs: list[Run], embeddings: list[tuple[int, torch
 
 
 def test_encoder_rows_replace_the_rows_of_their_span_and_no_others() -> None:
-    recorder = Recorder(levels=0)
+    recorder = Recorder()
     runs = [Run(0, 2), Run(4, 6), Run(9, 12), Run(14, 16)]  # text, into a span, out of it, across two adjacent spans
     spans = [levels_of(5, 6, 0), levels_of(12, 3, 0), levels_of(15, 1, 0)]
     recorder.recompute([sequence(20, runs, spans)])
@@ -350,7 +357,7 @@ def test_encoder_rows_replace_the_rows_of_their_span_and_no_others() -> None:
 
 
 def test_added_rows_enter_after_their_layer_and_are_zero_for_text() -> None:
-    recorder = Recorder(levels=2)
+    recorder = Recorder()
     recorder.recompute([sequence(10, [Run(2, 5), Run(6, 8)], [levels_of(3, 4, 2)])])
     before = [2, 1003, 1004, 1006, 7]
     after_layer_0 = [2, 1003 + 1003e4, 1004 + 1004e4, 1006 + 1006e4, 7]
@@ -360,20 +367,20 @@ def test_added_rows_enter_after_their_layer_and_are_zero_for_text() -> None:
 
 
 def test_a_pass_of_text_adds_nothing_although_others_do() -> None:
-    recorder = Recorder(levels=1)
+    recorder = Recorder()
     recorder.recompute([sequence(8, [Run(0, 8)], [levels_of(4, 4, 1)])], max_tokens=4)
     assert recorder.rows(layer=1)[:4] == [0, 1, 2, 3]
     assert recorder.rows(layer=1)[4:] == [n + n * 1e4 for n in (1004, 1005, 1006, 1007)]
 
 
 def test_a_span_cut_by_passes_and_runs_still_gets_its_own_rows() -> None:
-    recorder = Recorder(levels=0)
+    recorder = Recorder()
     recorder.recompute([sequence(12, [Run(1, 5), Run(7, 12)], [levels_of(2, 8, 0)])], max_tokens=3)
     assert recorder.rows(layer=0) == [1, 1002, 1003, 1004, 1007, 1008, 1009, 10, 11]
 
 
 def test_encoder_rows_of_another_dtype_are_converted() -> None:
-    recorder = Recorder(levels=1)
+    recorder = Recorder()
     offset, rows = levels_of(0, 2, 1)
     halved = rows.clamp(max=2048).half()
     recorder.recompute([sequence(3, [Run(0, 3)], [(offset, halved)])])
@@ -382,20 +389,20 @@ def test_encoder_rows_of_another_dtype_are_converted() -> None:
 
 
 def test_every_row_comes_with_the_positions_of_its_token() -> None:
-    recorder = Recorder(levels=0)
+    recorder = Recorder()
     recorder.recompute([sequence(9, [Run(1, 3), Run(6, 7)], []), sequence(4, [Run(3, 4)], [])])
     for _, positions, _ in recorder.calls:
         assert positions.tolist() == [[101, 102, 106, 103], [201, 202, 206, 203], [301, 302, 306, 303]]
 
 
 def test_layers_run_in_order_once_per_pass() -> None:
-    recorder = Recorder(levels=0)
+    recorder = Recorder()
     assert recorder.recompute([sequence(8, [Run(0, 8)], [])], max_tokens=5) == 2
     assert [layer for layer, _, _ in recorder.calls] == [0, 1, 2, 0, 1, 2]
 
 
 def test_several_requests_share_one_pass_and_keep_their_own_rows() -> None:
-    recorder = Recorder(levels=0)
+    recorder = Recorder()
     one, other = (
         sequence(6, [Run(0, 2), Run(4, 6)], [levels_of(4, 2, 0)]),
         sequence(5, [Run(3, 5)], [levels_of(3, 1, 0)]),
@@ -406,13 +413,14 @@ def test_several_requests_share_one_pass_and_keep_their_own_rows() -> None:
 
 
 def test_a_pass_may_end_one_request_and_begin_another() -> None:
-    recorder = Recorder(levels=0)
+    recorder = Recorder()
     assert recorder.recompute([sequence(3, [Run(0, 3)], []), sequence(3, [Run(0, 3)], [])], max_tokens=2) == 3
     requests = [[row.request for row in batch.rows] for batch in recorder.batches]
     assert requests == [[0], [0, 1], [1]]
 
 
 def test_nothing_to_recompute_is_no_pass() -> None:
-    recorder = Recorder(levels=0)
+    recorder = Recorder()
     assert recorder.recompute([]) == recorder.recompute([sequence(5, [], [])]) == 0
-    assert recorder.batches == recorder.calls == []
+    assert not recorder.batches
+    assert not recorder.calls

@@ -1,8 +1,8 @@
 """Re-positioning of keys against a scalar loop in double precision and against transformers' own rotary code.
 
-Bounds are first-order rounding analysis. `u` is the unit roundoff of fp32. One member of a turned pair is x cos - y sin:
-cos and sin are rounded to fp32, the products are rounded, their sum is rounded, so it is off by at most 3 u (|x| + |y|).
-Terms of second order are covered by a slack of one percent.
+Bounds are first-order rounding analysis. `u` is the unit roundoff of fp32. One member of a turned pair is
+x cos - y sin: cos and sin are rounded to fp32, the products are rounded, their sum is rounded, so it is off by at most
+3 u (|x| + |y|). Terms of second order are covered by a slack of one percent.
 """
 
 import math
@@ -152,9 +152,9 @@ class Transformers:
 @every_family
 @pytest.mark.parametrize("delta", [1, -40, 700, 30000])
 def test_moved_keys_are_the_keys_that_transformers_makes_at_the_new_place(family: str, delta: int) -> None:
-    """fp32, M-RoPE. S = |x| + |y|; an angle t is rounded to fp32 there (u t), and its sine and cosine are good to one unit
-    in the last place (2 u): a run of transformers is off by (4 u + u t) S. Turning a pair spreads its error over both
-    members (sqrt 2), and so does it with S in our own 3 u.
+    """fp32, M-RoPE. S = |x| + |y|. In transformers an angle t is rounded to fp32 (u t), its sine and cosine are good to
+    one unit in the last place (2 u), so a run of it is off by (4 u + u t) S. Turning a pair spreads its error over both
+    members (sqrt 2), and our own 3 u S is of a pair whose S has grown by as much.
     """
     model, start = Transformers(family), 50
     positions = image_positions(start)

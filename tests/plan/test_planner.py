@@ -1,4 +1,4 @@
-"""The planner against a naive labelling of every token, over random prompts, and the promises of its plans one by one."""
+"""The planner against a naive labelling of every token of random prompts, and the promises of its plans one by one."""
 
 import random
 from collections import Counter
@@ -104,7 +104,7 @@ def label_naively(case: Case) -> list[str] | Reason:
         length = len(labels)
     if covered == 0:
         if is_blocked:
-            return Reason.BEHIND_NEW_IMAGE if True in case.available else Reason.MISS
+            return Reason.BEHIND_NEW_IMAGE if True in case.available[owner[token] :] else Reason.MISS
         return Reason.IN_PREFIX_CACHE if case.spans else Reason.NO_MEDIA
     return labels[:length] if covered >= case.min_reuse_tokens else Reason.TOO_FEW_TOKENS
 

@@ -331,8 +331,9 @@ class Model:
 
     def reserve(self, key: bytes, nbytes: int) -> ModelEntry | None:
         count = -(-nbytes // UNIT)
-        if count > NUM_UNITS:
-            return None
+        starts = range(NUM_UNITS - count + 1)
+        if not any(all(not o or o.pins == 0 for o in self.owners[s : s + count]) for s in starts):
+            return None  # what is pinned is in the way, so nothing else needs to leave
         while (first := self.place(count)) is None:
             victim = next((entry for entry in self.in_use_order if entry.pins == 0), None)
             if victim is None:

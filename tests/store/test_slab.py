@@ -43,8 +43,8 @@ def raw_bytes(view: torch.Tensor) -> torch.Tensor:
 
 def byte_range(view: torch.Tensor) -> tuple[int, int]:
     assert view.is_contiguous()
-    start = view.storage_offset() * view.element_size()
-    return start, start + view.numel() * view.element_size()
+    start = int(view.storage_offset()) * view.element_size()
+    return start, start + int(view.numel()) * view.element_size()
 
 
 def random_bits(shape: torch.Size, dtype: torch.dtype, seed: int) -> torch.Tensor:

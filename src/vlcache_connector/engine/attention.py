@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class AttentionContexts:
-    """Opens forward contexts for recompute passes. Works with every backend that does paged prefill of varied lengths."""
+    """Opens forward contexts for recompute passes. Works with every backend that does paged prefill of varied
+    lengths.
+    """
 
     def __init__(
         self, vllm_config: "VllmConfig", spec: "KVCacheSpec", layer_names: Sequence[str], device: torch.device

@@ -1,6 +1,7 @@
 """`VLCacheECConnector`: stores encoder outputs and serves them instead of running the encoder.
 
-`VLCacheConnector` sets it up by itself and shares its host tier with it; it also works alone, through `--ec-transfer-config`.
+`VLCacheConnector` sets it up by itself and shares its host tier with it; it also works alone, through `--ec-transfer-
+config`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,6 @@
-"""The two sides of the encoder connector. Encoder outputs do not depend on the prompt, so they are exact in every mode."""
+"""The two sides of the encoder connector. Encoder outputs do not depend on the prompt, so they are exact in every
+mode.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,7 +52,9 @@ class ECScheduler:
         return self._session.index.get(self._session.keys.embedding(identifier, self._salt)) is not None
 
     def update_state_after_alloc(self, request: "Request", index: int) -> None:
-        """This step fills the engine's encoder cache with the item: from the slab when it is there, else by the encoder."""
+        """This step fills the engine's encoder cache with the item: from the slab when it is there, else by the
+        encoder.
+        """
         session, feature = self._session, request.mm_features[index]
         if not wants_embeddings(request):
             return
@@ -66,8 +70,7 @@ class ECScheduler:
 
     def build_connector_meta(self) -> VLCacheECMetadata:
         metadata = VLCacheECMetadata()
-        for item, entry, job_id in self._loads:
-            metadata.loads.append(_job(item, entry, job_id))
+        metadata.loads = [_job(item, loaded, job_id) for item, loaded, job_id in self._loads]
         session = self._session
         for key, item in session.wanted_embeddings.items():
             entry = session.reserve(key, session.layout.embedding_nbytes(item.num_tokens), item.num_tokens)

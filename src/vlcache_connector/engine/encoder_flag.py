@@ -1,9 +1,10 @@
 """One flag for KV and encoder: the KV connector also configures the encoder connector.
 
-The scheduler creates the KV connector before it looks at `ec_transfer_config`; the worker creates its encoder connector long
-before the KV connector, so on that side it is created here. Both sides must agree, or the scheduler would promise embeddings
-that no worker can deliver: where the worker side cannot take part (vLLM's V2 model runner fixes its encoder connector when it
-is built), neither side is configured, and reuse needs `--ec-transfer-config` as well.
+The scheduler creates the KV connector before it looks at `ec_transfer_config`; the worker creates its encoder
+connector long before the KV connector, so on that side it is created here. Both sides must agree, or the scheduler
+would promise embeddings that no worker can deliver: where the worker side cannot take part (vLLM's V2 model runner
+fixes its encoder connector when it is built), neither side is configured, and reuse needs `--ec-transfer-config` as
+well.
 """
 
 from typing import TYPE_CHECKING

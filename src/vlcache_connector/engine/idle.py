@@ -1,8 +1,9 @@
-"""Images that could not be saved because something before them was reused: their KV is computed when the engine is idle.
+"""Images that could not be saved because something before them was reused: their KV is computed when the engine is
+idle.
 
 The embedding of such an image is exact and was stored when it was encoded. In an idle step the image is run through the
-layers behind the text that opened its conversation, in scratch blocks of the engine's own block pool, and saved as an exact
-entry. So a chat that begins with a known image still learns the later ones.
+layers behind the text that opened its conversation, in scratch blocks of the engine's own block pool, and saved as an
+exact entry. So a chat that begins with a known image still learns the later ones.
 """
 
 from collections import deque
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from vlcache_connector.engine.metadata import CompileJob
 from vlcache_connector.engine.session import SchedulerSession
 from vlcache_connector.exec.model import Prompt
-from vlcache_connector.types import Run, Span
+from vlcache_connector.types import Span
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool

@@ -25,7 +25,7 @@ from vlcache_connector.engine.kv_worker import VLCacheWorker, answer_all_failed
 from vlcache_connector.engine.metadata import JobResults, VLCacheMetadata, VLCacheWorkerMetadata
 from vlcache_connector.engine.session import SCHEDULERS, WORKERS, SchedulerSession, WorkerSession, entry_layout
 from vlcache_connector.engine.stats import VLCachePromMetrics, VLCacheStats
-from vlcache_connector.engine.support import engine_reason
+from vlcache_connector.engine.support import engine_reason, warn_of_embedding_inputs
 from vlcache_connector.errors import VLCacheError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             # A failed load must end as computation by the engine, not as a failed request (vLLM's default).
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
+            warn_of_embedding_inputs(vllm_config)
             session = SCHEDULERS.attach(self._instance, lambda: SchedulerSession(vllm_config, options, layout))
             self._counters = session.counters
             self._start_scheduler(vllm_config, kv_cache_config, session)
@@ -118,8 +119,10 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         scheduler = self._scheduler
         assert scheduler is not None
-        ask: Callable[[], int | None] = lambda: scheduler.get_num_new_matched_tokens(request, num_computed_tokens)  # noqa: E731
-        return self._guard("look-up", ask, 0), False
+        nothing: int | None = 0
+        return self._guard(
+            "look-up", lambda: scheduler.get_num_new_matched_tokens(request, num_computed_tokens), nothing
+        ), False
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         scheduler = self._scheduler
@@ -146,8 +149,8 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         scheduler = self._scheduler
         assert scheduler is not None
-        report: Callable[[], dict[str, Any] | None] = lambda: scheduler.request_finished(request)  # noqa: E731
-        return False, self._guard("results", report, None)
+        no_report: dict[str, Any] | None = None
+        return False, self._guard("results", lambda: scheduler.request_finished(request), no_report)
 
     def request_finished_all_groups(
         self, request: "Request", block_ids: tuple[list[int], ...]
@@ -180,9 +183,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass
 
-    def save_kv_layer(
-        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
-    ) -> None:
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         pass
 
     def wait_for_save(self) -> None:

@@ -1,7 +1,8 @@
-"""Scheduler side of the KV connector: finds spans, decides what is reused, hands out jobs. It never blocks, it does no I/O.
+"""Scheduler side of the KV connector: finds spans, decides what is reused, hands out jobs. It never blocks, it does
+no I/O.
 
-Order of calls in one engine step (vLLM's scheduler): `get_num_new_matched_tokens` and `update_state_after_alloc` for each
-waiting request, then `build_connector_meta` once; after the workers ran, `update_connector_output`.
+Order of calls in one engine step (vLLM's scheduler): `get_num_new_matched_tokens` and `update_state_after_alloc` for
+each waiting request, then `build_connector_meta` once; after the workers ran, `update_connector_output`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
-from vlcache_connector.engine import namespace
-from vlcache_connector.engine.idle import CompileQueue
-from vlcache_connector.engine.metadata import EmbeddingJob, ReuseJob, SaveJob, SpanLoad, VLCacheMetadata
+from vlcache_connector.engine.chains import Chains
+from vlcache_connector.engine.metadata import ReuseJob, SpanLoad, VLCacheMetadata
 from vlcache_connector.engine.requests import PARAMS_KEY, RequestState, describe
+from vlcache_connector.engine.saves import SavePlanner
 from vlcache_connector.engine.session import SchedulerSession
 from vlcache_connector.plan.planner import plan_reuse
 from vlcache_connector.policy import POLICIES
@@ -42,7 +43,8 @@ class VLCacheScheduler:
         self._options = session.options
         self._policy = POLICIES[self._options.policy]
         self._block_size = block_size
-        self._has_prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
+        has_prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
+        self._chains = Chains(self._policy.name, block_size, has_prefix_cache)
         self._max_step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._step_tokens = 0  # recomputed tokens that this step's passes have taken on
         self._states: dict[str, RequestState] = {}
@@ -50,14 +52,14 @@ class VLCacheScheduler:
         self._new_jobs: list[ReuseJob] = []
         self._lost_blocks: set[int] = set()
         self._reported: set[Reason] = set()
-        self._compiles = CompileQueue(session)
+        self._saves = SavePlanner(session)
         self._kv_cache_manager: KVCacheManager | None = None
 
     # -- life of a request --------------------------------------------------------------------------------------------
 
     def bind(self, kv_cache_manager: "KVCacheManager") -> None:
         self._kv_cache_manager = kv_cache_manager
-        self._compiles.bind(kv_cache_manager.block_pool, self._block_size)
+        self._saves.bind(kv_cache_manager, self._block_size)
 
     def on_new_request(self, request: "Request") -> None:
         options = self._options
@@ -65,8 +67,9 @@ class VLCacheScheduler:
         self._states[request.request_id] = state
         if state.declined is not None:
             self._tell(state.declined, state.error)
-        elif self._may_reuse(state) and self._has_prefix_cache and state.spans:
-            self._resume_chain(state)
+        elif self._may_reuse(state):
+            assert self._kv_cache_manager is not None
+            self._chains.resume(state, self._kv_cache_manager.block_pool)
 
     def get_num_new_matched_tokens(self, request: "Request", num_local: int) -> int | None:
         """How many tokens behind the local hit this connector covers; None to be asked again in the next step."""
@@ -75,11 +78,11 @@ class VLCacheScheduler:
             return 0
         state.plan = self._plan(state, num_local)
         if not isinstance(state.plan, ReusePlan):
-            self._leave_unused_chain(state, num_local)
+            self._chains.leave_unused(state, num_local)
             return 0
         if self._must_wait(state, num_local):
             return None
-        if not self._enter_chain(state, num_local):
+        if not self._chains.enter(state, num_local):
             state.plan = Reason.TOO_FEW_TOKENS
             return 0
         return state.plan.end - num_local
@@ -95,7 +98,7 @@ class VLCacheScheduler:
         if num_external == 0:
             if isinstance(plan, ReusePlan):  # another connector's answer was taken
                 state.plan = Reason.IN_PREFIX_CACHE
-                self._leave_unused_chain(state, state.num_local)
+                self._chains.leave_unused(state, state.num_local)
             self._count_decline(state)
             return
         assert isinstance(plan, ReusePlan) and num_external == plan.end - plan.start
@@ -136,10 +139,10 @@ class VLCacheScheduler:
     def _add_saves(self, output: "SchedulerOutput", metadata: VLCacheMetadata) -> None:
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
-            if state is not None and state.first_saved < len(state.spans):
-                self._learn(state, state.request.num_computed_tokens + num_tokens, metadata)
+            if state is not None and state.first_unsaved < len(state.spans):
+                self._saves.add_completed(state, state.request.num_computed_tokens + num_tokens, metadata)
         if output.total_num_scheduled_tokens == 0:
-            job = self._compiles.next_job()
+            job = self._saves.compiles.next_job()
             if job is not None:
                 metadata.compiles.append(job)
 
@@ -147,13 +150,13 @@ class VLCacheScheduler:
         self._session.take_results(results)
 
     def has_pending_work(self) -> bool:
-        return len(self._compiles) > 0
+        return len(self._saves.compiles) > 0
 
     def reset_cache(self) -> None:
         """Forget all entries; what is being written belongs to the old epoch and will never be found."""
         num = self._session.index.clear()
         self._session.keys.epoch += 1
-        self._compiles.clear()
+        self._saves.compiles.clear()
         logger.info("VLCache: the cache was reset, %d entries forgotten", num)
 
     # -- decisions ----------------------------------------------------------------------------------------------------
@@ -209,49 +212,10 @@ class VLCacheScheduler:
             if other is request or other.status is not RequestStatus.RUNNING:
                 continue
             first = (state.num_local if other_id in loading else other.num_computed_tokens) // self._block_size
-            if first < num_hit and first < len(other.block_hashes):
-                if other.block_hashes[first] == request.block_hashes[first]:
-                    return True
+            is_hit = first < min(num_hit, len(other.block_hashes))
+            if is_hit and other.block_hashes[first] == request.block_hashes[first]:
+                return True
         return False
-
-    # -- the approximate namespace ------------------------------------------------------------------------------------
-
-    def _resume_chain(self, state: RequestState) -> None:
-        """Continue on this conversation's own approximate blocks where they reach further than exact ones."""
-        assert self._kv_cache_manager is not None
-        candidates = sorted({span.offset // self._block_size for span in state.spans})
-        request, pool, ratio = state.request, self._kv_cache_manager.block_pool, state.options.recompute_ratio
-        start = namespace.cached_chain_start(request, candidates, pool, self._policy.name, ratio)
-        if start is not None:
-            state.chain = namespace.enter(request, start, self._policy.name, ratio)
-
-    def _enter_chain(self, state: RequestState, num_local: int) -> bool:
-        """Put the blocks of the plan into the approximate namespace; False when that is impossible."""
-        assert isinstance(state.plan, ReusePlan)
-        if self._uses_chain(state, num_local):
-            state.is_approximate = True  # the local hit is approximate already
-            return True
-        self._leave_unused_chain(state, num_local)
-        first_reused = state.plan.first_reused
-        if first_reused is None or not self._has_prefix_cache:
-            return True
-        span = next(part.span for part in state.plan.spans if part.reused)
-        first_block = max(span.offset, num_local) // self._block_size
-        state.chain = namespace.enter(
-            state.request, first_block, self._policy.name, state.options.recompute_ratio
-        )
-        return state.chain is not None
-
-    def _leave_unused_chain(self, state: RequestState, num_local: int) -> None:
-        if self._uses_chain(state, num_local):
-            state.is_approximate = True
-        elif state.chain is not None:
-            namespace.leave(state.request, state.chain)
-            state.chain = None
-
-    def _uses_chain(self, state: RequestState, num_local: int) -> bool:
-        """Whether the local hit reaches into the approximate namespace."""
-        return state.chain is not None and num_local > state.chain.first_block * self._block_size
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -288,55 +252,9 @@ class VLCacheScheduler:
         logger.warning("VLCache: request %s is recomputed by the engine: %s", state.request.request_id, error)
         self._session.counters.add("failures", label="reuse")
         state.declined = state.plan = Reason.LOAD_FAILED
-        state.is_approximate = self._uses_chain(state, state.num_local)
+        state.is_approximate = self._chains.is_used(state, state.num_local)
         if block_ids and self._kv_cache_manager is not None:
             self._kv_cache_manager.evict_blocks(set(block_ids))
-
-    def _learn(self, state: RequestState, num_computed: int, metadata: VLCacheMetadata) -> None:
-        """Save the spans that this step completes, or queue them when what lies before them is approximate."""
-        while state.first_saved < len(state.spans) and state.spans[state.first_saved].end <= num_computed:
-            number = state.first_saved
-            state.first_saved += 1
-            span = state.spans[number]
-            if self._session.unsupported is not None or state.declined is not None or span.end <= state.num_local:
-                continue
-            if self._session.index.holds(span.kv_key):
-                continue
-            if state.is_approximate:
-                self._compiles.add(span, state.prompt(span.end))
-            else:
-                self._save(state, number, metadata)
-
-    def _save(self, state: RequestState, number: int, metadata: VLCacheMetadata) -> None:
-        assert self._kv_cache_manager is not None
-        session, span = self._session, state.spans[number]
-        entry = session.reserve(span.kv_key, session.layout.kv_nbytes(span.length), span.length)
-        if entry is None:
-            return
-        (block_ids,) = self._kv_cache_manager.get_block_ids(state.request.request_id)
-        job_id = session.new_job(written=entry)
-        metadata.saves.append(SaveJob(job_id, state.prompt(span.end), tuple(block_ids), span.run, entry.extent))
-        if not session.index.holds(span.embedding_key) and span.embedding_key not in session.wanted_embeddings:
-            self._save_embedding(state, number, metadata)
-
-    def _save_embedding(self, state: RequestState, number: int, metadata: VLCacheMetadata) -> None:
-        """The engine had this embedding in its own encoder cache, so the encoder connector was not asked."""
-        session, span = self._session, state.spans[number]
-        entry = session.reserve(span.embedding_key, session.layout.embedding_nbytes(span.length), span.length)
-        if entry is None:
-            return
-        features = state.request.mm_features
-        at = next(i for i, feature in enumerate(features) if feature.mm_position.offset == span.offset)
-        metadata.embeddings.append(
-            EmbeddingJob(
-                session.new_job(written=entry),
-                features[at].identifier,
-                span.length,
-                entry.extent,
-                state.request.request_id,
-                at,
-            )
-        )
 
     # -- telling ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Worker side of the KV connector: carries out the jobs of a step. It moves and computes, it never decides.
 
-`start_load` runs before the forward of the step, `finish_step` after it. Every job is answered in its own step. An error ends
-as a failed job, never as an exception in the engine's hook.
+`start_load` runs before the forward of the step, `finish_step` after it. Every job is answered in its own step. An
+error ends as a failed job, never as an exception in the engine's hook.
 """
 
 from collections.abc import Iterable
@@ -96,8 +96,8 @@ class VLCacheWorker:
     def _load(self, job: ReuseJob) -> SequenceInput | None:
         """Move a job's reused tokens into its pages; returns what its part of the pass needs.
 
-        A job that fails here still takes part in the pass where it can: all ranks of a tensor-parallel group must run the
-        same passes.
+        A job that fails here still takes part in the pass where it can: all ranks of a tensor-parallel group must run
+        the same passes.
         """
         assert self._pages is not None
         session = self._session
@@ -113,9 +113,7 @@ class VLCacheWorker:
                 stored = session.slab.positions(span.kv, span.length)
                 delta = position_delta(stored, positions[:, span.offset : span.offset + span.length])
                 entry = session.slab.kv(span.kv, span.length)
-                nbytes = load_runs(
-                    self._pages, self._stack.rope, entry, span.offset, delta, span.reused, job.block_ids
-                )
+                nbytes = load_runs(self._pages, self._stack.rope, entry, span.offset, delta, span.reused, job.block_ids)
                 session.counters.add("loaded_bytes", nbytes)
         except Exception as error:
             logger.exception("VLCache: request %s could not be loaded", job.request_id)

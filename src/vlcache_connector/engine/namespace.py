@@ -1,9 +1,9 @@
 """A hash namespace of their own for approximate blocks in vLLM's prefix cache (vLLM RFC #44223 asks for this).
 
-The hash of the first block that may hold approximate KV is replaced by a salted one; all later hashes are chained from it,
-also those of generated tokens. A request that did not agree to approximate KV computes unsalted hashes and so can never be
-served such a block. The salt names the policy and ratio: requests under other settings have other namespaces; the tenant is
-in the chain already, because vLLM hashes `cache_salt` into the first block.
+The hash of the first block that may hold approximate KV is replaced by a salted one; all later hashes are chained
+from it, also those of generated tokens. A request that did not agree to approximate KV computes unsalted hashes and
+so can never be served such a block. The salt names the policy and ratio: requests under other settings have other
+namespaces; the tenant is in the chain already, because vLLM hashes `cache_salt` into the first block.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ def cached_chain_start(
     for first_block in candidates:
         if first_block > exact or first_block >= len(request.block_hashes):
             return None
-        if pool.get_cached_block(salted(request.block_hashes[first_block], policy, ratio), _GROUPS) is None:  # type: ignore[arg-type]
+        if pool.get_cached_block(salted(request.block_hashes[first_block], policy, ratio), _GROUPS) is None:
             continue
         chain = enter(request, first_block, policy, ratio)
         assert chain is not None
@@ -79,6 +79,6 @@ def _num_cached(hashes: list, start: int, pool: "BlockPool") -> int:  # type: ig
 
 
 def _restart(request: "Request", first_block: int, block_hash: bytes) -> None:
-    request.block_hashes[first_block] = block_hash  # type: ignore[call-overload]
+    request.block_hashes[first_block] = block_hash
     del request.block_hashes[first_block + 1 :]
     request.update_block_hashes()

@@ -31,7 +31,7 @@ class RequestState:
     plan: ReusePlan | Reason | None = None  # outcome of the latest question
     is_approximate: bool = False  # some KV of this request is, or builds on, reused KV
     num_local: int = 0
-    first_saved: int = 0  # spans before this one were completed and dealt with
+    first_unsaved: int = 0  # spans before this one were completed and dealt with
     reports: bool = False  # whether the response says what happened
 
     def prompt(self, end: int) -> Prompt:
@@ -41,7 +41,9 @@ class RequestState:
         return Prompt(tuple(tokens[:end]), tuple(m for m in self.media if m.offset + m.length <= end))
 
     def report(self) -> dict[str, Any]:
-        """The response's `kv_transfer_params["vlcache"]`: where the prompt's tokens came from, and why not elsewhere."""
+        """The response's `kv_transfer_params["vlcache"]`: where the prompt's tokens came from, and why not
+        elsewhere.
+        """
         plan = self.plan if isinstance(self.plan, ReusePlan) else None
         reused = plan.num_reused if plan else 0
         recomputed = plan.num_recomputed if plan else 0
@@ -92,7 +94,7 @@ def _find_spans(state: RequestState, keys: KeySpace, trust_client_uuids: bool) -
         offset, length = feature.mm_position.offset, feature.mm_position.length
         identifier = feature.identifier
         spans.append(Span(offset, length, keys.kv(identifier, salt), keys.embedding(identifier, salt)))
-        media.append(Media(offset, length, tuple(feature.data["image_grid_thw"].data.tolist())))  # type: ignore[index]
+        media.append(Media(offset, length, tuple(feature.data["image_grid_thw"].data.tolist())))
     state.spans, state.media = tuple(spans), tuple(media)
 
 

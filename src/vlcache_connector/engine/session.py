@@ -1,7 +1,8 @@
 """State that the KV connector and the encoder connector of one engine share, per process side.
 
-vLLM creates the two connectors separately and hands neither to the other; both know the engine's `instance_id`. The first to
-attach creates the session, the last to detach frees it. One process may hold both sides and several engines in turn.
+vLLM creates the two connectors separately and hands neither to the other; both know the engine's `instance_id`. The
+first to attach creates the session, the last to detach frees it. One process may hold both sides and several engines
+in turn.
 """
 
 from collections.abc import Callable

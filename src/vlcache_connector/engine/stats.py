@@ -16,6 +16,8 @@ PREFIX = "vllm:vlcache_"
 class VLCacheStats(KVConnectorStats):
     """Counts of one interval, as `name` or `name:label`."""
 
+    data: dict[str, Any]
+
     def reset(self) -> None:
         self.data = {}
 

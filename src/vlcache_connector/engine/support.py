@@ -5,6 +5,7 @@ A declined request runs as plain vLLM. The rule is to decline whatever was not v
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vlcache_connector.engine.models import FAMILIES
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 def engine_reason(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str | None:
@@ -60,6 +63,17 @@ def _cache_reason(kv_cache_config: "KVCacheConfig") -> str | None:
     if hash_block_size is not None and hash_block_size != spec.block_size:
         return f"prefix-cache hashes cover {hash_block_size} tokens, but blocks hold {spec.block_size}"
     return None
+
+
+def warn_of_embedding_inputs(vllm_config: "VllmConfig") -> None:
+    """vLLM lets clients of a KV consumer send embeddings in place of media; its own advice is to trust such clients."""
+    multimodal, transfer = vllm_config.model_config.multimodal_config, vllm_config.kv_transfer_config
+    if transfer is not None and transfer.is_kv_consumer and multimodal is not None and multimodal.enable_mm_embeds:
+        logger.warning(
+            "VLCache: with kv_role %s, vLLM accepts pre-computed embedding inputs from clients. Where clients are not "
+            'trusted, set "kv_role": "kv_producer" instead; reuse works the same and such inputs stay refused.',
+            transfer.kv_role,
+        )
 
 
 def request_reason(request: "Request") -> Reason | None:

@@ -1,1 +1,3 @@
-"""How a plan is carried out on one rank: transfers, re-positioning and the recompute pass. Torch, but no vLLM imports."""
+"""How a plan is carried out on one rank: transfers, re-positioning and the recompute pass. Torch, but no vLLM
+imports.
+"""

@@ -1,9 +1,9 @@
 """Virtual sequences: how tokens at scattered positions of several requests become one batch that attention understands.
 
-Each run [a, b) of recomputed tokens is one row: query length b - a, sequence length b, and the block table of its request.
-Causal masking aligned to the end of the row then gives each token exactly its own prefix, because in every layer the KV of
-the whole batch is written before attention reads. The same holds when the runs of one request are spread over several
-passes, as long as earlier positions go first.
+Each run [a, b) of recomputed tokens is one row: query length b - a, sequence length b, and the block table of its
+request. Causal masking aligned to the end of the row then gives each token exactly its own prefix, because in every
+layer the KV of the whole batch is written before attention reads. The same holds when the runs of one request are
+spread over several passes, as long as earlier positions go first.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -67,7 +67,9 @@ class Pages:
             paged.update(digit[0].contiguous(), digit[1].contiguous(), scratch, slots)
             seen += scratch.reshape(-1).to(torch.int64) << shift
         if not torch.equal(seen.sort().values, index.flatten()):
-            raise RuntimeError(f"layer {paged.name}: the pages do not hold every element once; this KV layout is unknown")
+            raise RuntimeError(
+                f"layer {paged.name}: the pages do not hold every element once; this KV layout is unknown"
+            )
         physical = torch.empty_like(seen)
         physical[seen] = index.flatten()
         return _BlockOrder(physical.view(self._shape))

@@ -1,6 +1,7 @@
 """The recompute pass: tokens that are not reused run through the model's own layers as virtual sequences.
 
-Fresh KV overwrites the pages. Nothing is sampled: the engine's forward, which comes after, computes the rest of the prompt.
+Fresh KV overwrites the pages. Nothing is sampled: the engine's forward, which comes after, computes the rest of the
+prompt.
 """
 
 from collections.abc import Callable, Sequence

@@ -43,7 +43,9 @@ class Rope:
 
 
 def position_delta(stored: torch.Tensor, wanted: torch.Tensor) -> int:
-    """The one delta by which all positions [channels, tokens] moved. Raises `PositionMismatchError` when there is none."""
+    """The one delta by which all positions [channels, tokens] moved. Raises `PositionMismatchError` when there is
+    none.
+    """
     deltas = wanted.to(torch.int64) - stored.to(torch.int64)
     delta = int(deltas.flatten()[0])
     if not bool((deltas == delta).all()):

@@ -10,7 +10,13 @@ from vlcache_connector.types import Run
 
 
 def load_runs(
-    pages: Pages, rope: Rope, entry: torch.Tensor, offset: int, delta: int, runs: Sequence[Run], block_ids: Sequence[int]
+    pages: Pages,
+    rope: Rope,
+    entry: torch.Tensor,
+    offset: int,
+    delta: int,
+    runs: Sequence[Run],
+    block_ids: Sequence[int],
 ) -> int:
     """Copy tokens of an entry into a request's pages, keys turned by `delta` positions.
 
@@ -35,7 +41,9 @@ def load_runs(
 
 
 def save_run(pages: Pages, entry: torch.Tensor, run: Run, block_ids: Sequence[int]) -> int:
-    """Copy tokens `run` of a request from its pages into `entry` [layers, 2, tokens, heads, dim]; returns bytes moved."""
+    """Copy tokens `run` of a request from its pages into `entry` [layers, 2, tokens, heads, dim]; returns bytes
+    moved.
+    """
     for layer in range(len(entry)):
         entry[layer].copy_(pages.read(layer, block_ids, run.start, run.end))
     return entry.numel() * entry.element_size()

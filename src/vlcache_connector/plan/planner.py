@@ -34,11 +34,11 @@ def plan_reuse(
     limit = Run(num_local, num_tokens - 1)
     parts: list[SpanPlan] = []
     stopped_by: Reason | None = None
-    for span, is_available in zip(spans, available, strict=True):
+    for i, (span, is_available) in enumerate(zip(spans, available, strict=True)):
         if len(span.run.intersect(limit)) == 0:
             continue  # inside the local hit already, or nothing of it left but the last token
         if not is_available:
-            stopped_by = Reason.BEHIND_NEW_IMAGE if any(available) else Reason.MISS
+            stopped_by = Reason.BEHIND_NEW_IMAGE if any(available[i:]) else Reason.MISS
             break
         parts.append(_plan_span(span, limit, policy, ratio))
     if not parts:

@@ -1,6 +1,7 @@
 """Eviction policies of a bounded tier."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Protocol
 
 
@@ -34,4 +35,7 @@ class LRU:
         self._order.pop(key, None)
 
     def victims(self) -> Iterator[bytes]:
-        return iter(tuple(self._order))
+        passed_over = 0  # keys that stayed; a few at a time, because the tier removes keys on the way
+        while batch := tuple(islice(self._order, passed_over, passed_over + 32)):
+            yield from batch
+            passed_over += sum(key in self._order for key in batch)

@@ -24,6 +24,7 @@ class ExtentAllocator:
 
     def allocate(self, nbytes: int) -> Extent | None:
         """An extent of at least `nbytes` bytes, or None when no free range is large enough."""
+        assert nbytes > 0
         size = -(-nbytes // ALIGNMENT) * ALIGNMENT
         for i, (offset, free) in enumerate(self._free):
             if free >= size:

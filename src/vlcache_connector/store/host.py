@@ -1,4 +1,5 @@
-"""The host tier's index: which entries exist, where in the slab they lie, and who is using them. Scheduler side, no torch.
+"""The host tier's index: which entries exist, where in the slab they lie, and who is using them. Scheduler side, no
+torch.
 
 States of an entry:   WRITING --commit--> READY --evict/clear--> gone        WRITING --discard--> gone
 
@@ -6,9 +7,9 @@ An entry that is gone keeps its bytes until the last pin is released, so a worke
 given to another entry. Look-ups see READY entries only. Entries are immutable once READY.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import pairwise
 
 from vlcache_connector.store.eviction import EvictionPolicy
 from vlcache_connector.store.extents import ExtentAllocator
@@ -39,7 +40,7 @@ class HostIndex:
         self._extents = ExtentAllocator(capacity_nbytes)
         self._eviction = eviction
         self._entries: dict[bytes, HostEntry] = {}
-        self._lingering: set[HostEntry] = set()  # gone, but still pinned
+        self._pinned: dict[HostEntry, None] = {}  # entries that must keep their bytes, also those that are gone
         self.evictions = 0
 
     def __len__(self) -> int:
@@ -61,6 +62,7 @@ class HostIndex:
         if extent is None:
             return None
         entry = self._entries[key] = HostEntry(key, extent, num_tokens)
+        self._pinned[entry] = None
         self._eviction.touched(key)
         return entry
 
@@ -81,14 +83,16 @@ class HostIndex:
         """Keep the entry's bytes in place; counts as a use."""
         assert entry.state is State.READY
         entry.pins += 1
+        self._pinned[entry] = None
         self._eviction.touched(entry.key)
 
     def unpin(self, entry: HostEntry) -> None:
         assert entry.pins > 0, "unpinned more often than pinned"
         entry.pins -= 1
-        if entry.pins == 0 and entry.state is State.GONE:
-            self._lingering.discard(entry)
-            self._extents.free(entry.extent)
+        if entry.pins == 0:
+            del self._pinned[entry]
+            if entry.state is State.GONE:
+                self._extents.free(entry.extent)
 
     def clear(self) -> int:
         """Forget everything; returns how many entries that were."""
@@ -99,20 +103,18 @@ class HostIndex:
 
     def check(self) -> None:
         """Raise `AssertionError` unless index, pins and free bytes agree with each other."""
-        held = [*self._entries.values(), *self._lingering]
+        held = {*self._entries.values(), *self._pinned}
         edges = sorted((e.extent.offset, e.extent.offset + e.extent.nbytes) for e in held)
-        assert all(a[1] <= b[0] for a, b in zip(edges, edges[1:], strict=False)), "two entries share bytes"
+        assert all(a[1] <= b[0] for a, b in pairwise(edges)), "two entries share bytes"
         used = sum(end - start for start, end in edges)
         assert used + self._extents.num_free == self._extents.capacity, "bytes leaked"
-        states = Counter(e.state for e in self._entries.values())
-        assert states[State.GONE] == 0, "the index holds a removed entry"
+        assert all(e.state is not State.GONE for e in self._entries.values()), "the index holds a removed entry"
         assert all(e.pins > 0 for e in self._entries.values() if e.state is State.WRITING), "a writer lost its pin"
+        assert {e for e in held if e.pins > 0} == set(self._pinned), "pins and the list of pinned entries differ"
 
     def _allocate(self, nbytes: int) -> Extent | None:
-        if nbytes > self._extents.capacity:
-            return None
         extent = self._extents.allocate(nbytes)
-        if extent is not None:
+        if extent is not None or not self._could_fit(nbytes):
             return extent
         for key in self._eviction.victims():
             entry = self._entries[key]
@@ -124,6 +126,12 @@ class HostIndex:
                 return extent
         return None
 
+    def _could_fit(self, nbytes: int) -> bool:
+        """Whether evicting all that is not pinned would leave a free range of this size. Else nothing is evicted."""
+        pinned = sorted((e.extent.offset, e.extent.offset + e.extent.nbytes) for e in self._pinned)
+        edges = [(0, 0), *pinned, (self._extents.capacity, self._extents.capacity)]
+        return any(after[0] - before[1] >= nbytes for before, after in pairwise(edges))
+
     def _remove(self, entry: HostEntry) -> None:
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
@@ -131,7 +139,5 @@ class HostIndex:
         if entry.state is State.GONE:
             return
         entry.state = State.GONE
-        if entry.pins:
-            self._lingering.add(entry)
-        else:
+        if not entry.pins:
             self._extents.free(entry.extent)

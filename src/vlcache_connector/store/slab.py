@@ -17,7 +17,9 @@ POSITION_CHANNELS = 3  # M-RoPE: time, height, width
 
 @dataclass(frozen=True, slots=True)
 class EntryLayout:
-    """Shapes that all entries of one model and rank share. Pure numbers: both sides derive it from the engine's config."""
+    """Shapes that all entries of one model and rank share. Pure numbers: both sides derive it from the engine's
+    config.
+    """
 
     num_layers: int
     num_kv_heads: int

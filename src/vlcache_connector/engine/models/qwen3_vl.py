@@ -1,7 +1,9 @@
-"""Layer adapter of Qwen3-VL: interleaved M-RoPE, QK-norm inside the layers, DeepStack levels added after the first layers.
+"""Layer adapter of Qwen3-VL: interleaved M-RoPE, QK-norm inside the layers, DeepStack levels added after the first
+layers.
 
-The engine keeps DeepStack rows in buffers of the model that are filled before a forward; a pass that called the model's own
-`embed_input_ids` or `forward` would overwrite those of the running step. So the pass adds the levels itself.
+The engine keeps DeepStack rows in buffers of the model that are filled before a forward; a pass that called the
+model's own `embed_input_ids` or `forward` would overwrite those of the running step. So the pass adds the levels
+itself.
 """
 
 from collections.abc import Sequence

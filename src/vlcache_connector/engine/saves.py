@@ -1,0 +1,69 @@
+"""Which spans a step completes and how they become entries: saved from the pages, or computed later when the engine
+is idle.
+
+Scheduler side. Only exact KV is stored, so errors never compound over generations.
+"""
+
+from typing import TYPE_CHECKING
+
+from vlcache_connector.engine.idle import CompileQueue
+from vlcache_connector.engine.metadata import EmbeddingJob, SaveJob, VLCacheMetadata
+from vlcache_connector.engine.requests import RequestState
+from vlcache_connector.engine.session import SchedulerSession
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+
+class SavePlanner:
+    """Makes the save jobs of each step."""
+
+    def __init__(self, session: SchedulerSession) -> None:
+        self._session = session
+        self._kv_cache_manager: KVCacheManager | None = None
+        self.compiles = CompileQueue(session)
+
+    def bind(self, kv_cache_manager: "KVCacheManager", block_size: int) -> None:
+        self._kv_cache_manager = kv_cache_manager
+        self.compiles.bind(kv_cache_manager.block_pool, block_size)
+
+    def add_completed(self, state: RequestState, num_computed: int, metadata: VLCacheMetadata) -> None:
+        """Deal with the spans that end within the first `num_computed` tokens, each once."""
+        while state.first_unsaved < len(state.spans) and state.spans[state.first_unsaved].end <= num_computed:
+            number = state.first_unsaved
+            state.first_unsaved += 1
+            span = state.spans[number]
+            if self._session.unsupported is not None or state.declined is not None or span.end <= state.num_local:
+                continue
+            if self._session.index.holds(span.kv_key):
+                continue
+            if state.is_approximate:
+                self.compiles.add(span, state.prompt(span.end))
+            else:
+                self._save(state, number, metadata)
+
+    def _save(self, state: RequestState, number: int, metadata: VLCacheMetadata) -> None:
+        assert self._kv_cache_manager is not None
+        session, span = self._session, state.spans[number]
+        entry = session.reserve(span.kv_key, session.layout.kv_nbytes(span.length), span.length)
+        if entry is None:
+            return
+        (block_ids,) = self._kv_cache_manager.get_block_ids(state.request.request_id)
+        job_id = session.new_job(written=entry)
+        metadata.saves.append(SaveJob(job_id, state.prompt(span.end), tuple(block_ids), span.run, entry.extent))
+        if not session.index.holds(span.embedding_key) and span.embedding_key not in session.wanted_embeddings:
+            self._save_embedding(state, number, metadata)
+
+    def _save_embedding(self, state: RequestState, number: int, metadata: VLCacheMetadata) -> None:
+        """The engine had this embedding in its own encoder cache, so the encoder connector was not asked."""
+        session, span = self._session, state.spans[number]
+        entry = session.reserve(span.embedding_key, session.layout.embedding_nbytes(span.length), span.length)
+        if entry is None:
+            return
+        features = state.request.mm_features
+        at = next(i for i, feature in enumerate(features) if feature.mm_position.offset == span.offset)
+        job_id = session.new_job(written=entry)
+        identifier = features[at].identifier
+        metadata.embeddings.append(
+            EmbeddingJob(job_id, identifier, span.length, entry.extent, state.request.request_id, at)
+        )

@@ -1,0 +1,98 @@
+"""Approximate KV stays where it was agreed to: never in an exact request, never in an entry."""
+
+from e2e import inside
+from e2e.engine import Ask, Engine, Picture
+from e2e.test_reuse import CLOSE, LONG, OPEN, A, B, bound, plain, show_pictures  # noqa: F401
+
+PROMPT = [OPEN, LONG, A, "what is it?", LONG, CLOSE]
+
+
+def test_an_exact_request_is_never_served_approximate_blocks(fresh: Engine) -> None:
+    show_pictures(fresh)
+    expected = plain(fresh, PROMPT)
+    fresh.forget()
+    reuse = fresh.ask_one(Ask(PROMPT, ratio=0.05))
+    assert reuse.report["approximate"] and reuse.gap(expected) > 0
+    leading = fresh.call(inside.cached_hashes, Ask(PROMPT, "off"))
+    assert leading <= len(LONG) // 32, "only blocks before the picture are found by their plain hashes"
+    for mode in ("off", "exact"):
+        answer = fresh.ask_one(Ask(PROMPT, mode))
+        assert not answer.report["approximate"]
+        assert answer.gap(expected) == 0 or answer.num_cached_tokens > 0
+        fresh.forget()
+        fresh.ask_one(Ask(PROMPT, ratio=0.05))
+
+
+def test_a_repeated_reuse_request_and_its_next_turn_hit_their_own_blocks(fresh: Engine) -> None:
+    show_pictures(fresh)
+    first = fresh.ask_one(Ask(PROMPT, ratio=0.05))
+    again = fresh.ask_one(Ask(PROMPT, ratio=0.05))
+    assert again.report["prefix_cached_tokens"] > first.report["reused_tokens"]
+    assert again.report["approximate"]
+    turn = fresh.ask_one(Ask([*PROMPT, "yes.<|im_end|>\n<|im_start|>user\nand now?", CLOSE], ratio=0.05))
+    assert turn.report["prefix_cached_tokens"] >= again.report["prefix_cached_tokens"]
+
+
+def test_another_ratio_or_tenant_has_its_own_namespace(fresh: Engine) -> None:
+    show_pictures(fresh)
+    first = fresh.ask_one(Ask(PROMPT, ratio=0.05))
+    leading = first.num_prompt_tokens - first.report["computed_tokens"] - first.report["reused_tokens"]
+    other = fresh.ask_one(Ask(PROMPT, ratio=0.1))
+    assert other.report["prefix_cached_tokens"] <= leading
+    stranger = fresh.ask_one(Ask(PROMPT, ratio=0.05, salt="somebody"))
+    assert stranger.num_cached_tokens == 0, "neither blocks nor entries of another tenant"
+    stranger = fresh.ask_one(Ask([OPEN, A, CLOSE], ratio=0.05, salt="somebody"))
+    assert stranger.report["reused_tokens"] > 0, "but its own"
+
+
+def test_exact_blocks_that_reach_further_are_preferred(fresh: Engine) -> None:
+    show_pictures(fresh)
+    expected = plain(fresh, PROMPT)
+    fresh.ask_one(Ask(PROMPT, ratio=0.05))
+    answer = fresh.ask_one(Ask(PROMPT, ratio=0.05))
+    assert not answer.report["approximate"] and answer.report["reused_tokens"] == 0
+    assert answer.gap(expected) < 1e-3
+
+
+def test_a_picture_behind_a_reused_one_is_learnt_when_the_engine_is_idle(fresh: Engine, bound: float) -> None:  # noqa: F811
+    """Its embedding is stored at once. Its KV is computed exactly later, under the text that opened the
+    conversation.
+    """
+    show_pictures(fresh)
+    before = fresh.call(inside.num_kv_entries)
+    new = Picture(21)
+    opening = [OPEN, "please look "]
+    fresh.ask_one(Ask([*opening, A, "and", new, "same?", CLOSE], ratio=0.05))
+    assert fresh.call(inside.num_kv_entries) == before, "approximate KV must not become an entry"
+    assert fresh.call(inside.count_encoder_runs) == 4
+
+    fresh.forget()
+    fresh.ask_one(Ask([OPEN, new, CLOSE]))  # no KV yet, but no encoder either
+    assert fresh.call(inside.count_encoder_runs) == 0
+
+
+def test_an_idle_engine_computes_the_entry_exactly(fresh: Engine, bound: float) -> None:  # noqa: F811
+    show_pictures(fresh)
+    before = fresh.call(inside.num_kv_entries)
+    new = Picture(22)
+    opening = [OPEN, "please look "]
+    fresh.ask_one(Ask([*opening, A, "and", new, "same?", CLOSE], ratio=0.05))
+    assert fresh.call(inside.run_idle) >= 1
+    assert fresh.call(inside.num_kv_entries) == before + 1
+    # Where the picture stands behind the same opening, its entry is exact KV: even reusing all of it equals plain vLLM.
+    prompt = [*opening, new, "what?", CLOSE]
+    expected = plain(fresh, prompt)
+    fresh.forget()
+    answer = fresh.ask_one(Ask(prompt, ratio=0.0))
+    assert answer.report["reused_tokens"] > 0
+    assert answer.gap(expected) <= bound
+
+
+def test_a_chat_that_starts_with_a_known_picture_reuses_the_later_ones_next_time(fresh: Engine) -> None:
+    show_pictures(fresh)
+    new = Picture(23)
+    fresh.ask_one(Ask([OPEN, A, "and", new, "same?", CLOSE]))
+    fresh.call(inside.run_idle)
+    fresh.forget()
+    answer = fresh.ask_one(Ask([OPEN, LONG, new, B, "same?", CLOSE]))
+    assert answer.report["reused_tokens"] > 0 and "reason" not in answer.report

@@ -1,0 +1,129 @@
+"""What a user types: `vllm serve` with one flag, in several processes, with the engine's compilation on."""
+
+import base64
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import cached_checkpoint
+from e2e.engine import CONNECTOR, Picture
+from e2e.server import Server
+
+A, NEW = Picture(1), Picture(2)
+LIMITS = ("--max-model-len", "4096", "--block-size", "32", "--limit-mm-per-prompt", '{"image": 4, "video": 0}')
+
+
+def flag(**options: Any) -> tuple[str, str]:
+    return "--kv-transfer-config", json.dumps(CONNECTOR | {"kv_connector_extra_config": {"host_gib": 0.25} | options})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    checkpoint = cached_checkpoint("qwen2_5_vl", 256, 4, root=Path(".checkpoints"))
+    started = Server(checkpoint, tmp_path_factory.mktemp("server") / "server.log", *LIMITS, *flag())
+    try:
+        yield started.wait_until_ready()
+    finally:
+        started.close()
+
+
+def chat(server: Server, *parts: str | Picture, params: dict[str, Any] | None = None) -> dict[str, Any]:
+    content = [_part(part) for part in parts]
+    body: dict[str, Any] = {
+        "model": "tested",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 4,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
+    if params is not None:
+        body["kv_transfer_params"] = {"vlcache": params}
+    return server.post("/v1/chat/completions", body)
+
+
+def _part(part: str | Picture) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    file = io.BytesIO()
+    part.pixels().save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def first_logprobs(answer: dict[str, Any]) -> dict[str, float]:
+    top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return {entry["token"]: entry["logprob"] for entry in top}
+
+
+def test_one_flag_makes_a_recurring_picture_cheap_through_the_api(server: Server) -> None:
+    first = chat(server, "look: ", A, "what is it?")["kv_transfer_params"]["vlcache"]
+    assert first["reused_tokens"] == 0 and first["reason"] == "miss"
+    answer = chat(server, "other words come first this time: ", A, "and now?")
+    report = answer["kv_transfer_params"]["vlcache"]
+    assert report["reused_tokens"] > 80 and report["tier"] == "host"
+    total = sum(report[f"{kind}_tokens"] for kind in ("reused", "recomputed", "computed", "prefix_cached"))
+    assert total == answer["usage"]["prompt_tokens"]
+
+
+def test_full_recompute_agrees_with_plain_under_compilation(server: Server) -> None:
+    """The pass runs the layers eagerly, the engine runs them compiled: two roundings of one bfloat16 computation."""
+    prompt = ("full recompute: ", A, "what is it?")
+    chat(server, A)
+    recomputed = chat(server, *prompt, params={"recompute_ratio": 1.0})
+    assert recomputed["kv_transfer_params"]["vlcache"]["recomputed_tokens"] > 80
+    plain = [chat(server, *prompt, params={"mode": "off"}) for _ in range(2)]
+    ours, (one, other) = first_logprobs(recomputed), map(first_logprobs, plain)
+    common = ours.keys() & one.keys()
+    assert len(common) >= 10
+    noise = max(abs(one[token] - other[token]) for token in one.keys() & other.keys())
+    # Logits are sums of 256 products; a bfloat16 hidden state of 4 layers carries about 4 independent roundings per
+    # element.
+    rounding = 8 * 2.0**-8
+    assert max(abs(ours[token] - one[token]) for token in common) <= 2 * noise + rounding
+
+
+def test_an_idle_server_learns_a_picture_that_was_first_seen_behind_a_known_one(server: Server) -> None:
+    chat(server, A)
+    chat(server, "known first: ", A, " and then ", NEW, "same?")
+    deadline = time.monotonic() + 60
+    while "vllm:vlcache_compiled_entries_total" not in server.get("/metrics") or metric(server, "compiled_entries") < 1:
+        # The engine reports what it did while idle with the next request.
+        assert time.monotonic() < deadline, "the idle engine computed nothing"
+        chat(server, "ping")
+    report = chat(server, "alone: ", NEW, "what?")["kv_transfer_params"]["vlcache"]
+    assert report["reused_tokens"] > 80
+
+
+def metric(server: Server, name: str) -> float:
+    lines = [line for line in server.get("/metrics").splitlines() if line.startswith(f"vllm:vlcache_{name}_total{{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def test_metrics_count_what_happened(server: Server) -> None:
+    before = {name: metric(server, name) for name in ("hits", "reused_tokens", "declines")}
+    chat(server, A)
+    report = chat(server, "metrics: ", A)["kv_transfer_params"]["vlcache"]
+    chat(server, "metrics: ", A, params={"mode": "off"})
+    assert metric(server, "hits") >= before["hits"] + 1
+    assert metric(server, "reused_tokens") >= before["reused_tokens"] + report["reused_tokens"]
+    assert metric(server, "declines") >= before["declines"] + 1
+
+
+def test_the_server_says_that_the_flag_opened_embedding_inputs(server: Server) -> None:
+    assert "embedding inputs" in server.log_text()
+
+
+def test_a_wrong_option_stops_the_server_with_a_sentence(tmp_path: Path) -> None:
+    checkpoint = cached_checkpoint("qwen2_5_vl", 256, 4, root=Path(".checkpoints"))
+    server = Server(checkpoint, tmp_path / "server.log", *LIMITS, "--enforce-eager", *flag(recompute_ratoi=0.1))
+    try:
+        assert server.wait_until_gone() != 0
+        assert "has no option 'recompute_ratoi'; did you mean 'recompute_ratio'?" in server.log_text()
+    finally:
+        server.close()
