@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BAR = 0.26
+LEAST = 1e-3  # smaller differences are drawn at the left edge
 COLOURS = {"plain": "#8a8f98", "exact": "#4c9f70", "reuse": "#2f6db5", "complete": "#c98a2b"}
 
 
@@ -53,15 +54,13 @@ def _times(axes: Axes, known: list[Comparison], rows: np.ndarray) -> None:
 
 
 def _differences(axes: Axes, known: list[Comparison], rows: np.ndarray, noise: float) -> None:
-    reuse = [gap(c.plain.logprobs, c.reuse[0].logprobs) for c in known]
-    complete = [gap(c.plain.logprobs, c.complete.logprobs) for c in known if c.complete is not None]
-    axes.axvspan(1e-3, NOISE_FACTOR * noise, color="#e8e8e8", label=f"within {NOISE_FACTOR:g} x noise")
-    axes.plot(complete, rows, "o", color=COLOURS["complete"], label="all recomputed (ratio 1.0)")
-    axes.plot(
-        reuse, rows, "s", color=COLOURS["reuse"], label="5 % recomputed (random weights; a trained model differs less)"
-    )
+    reuse = [max(LEAST, gap(c.plain.logprobs, c.reuse[0].logprobs)) for c in known]
+    complete = [max(LEAST, gap(c.plain.logprobs, c.complete.logprobs)) for c in known if c.complete is not None]
+    axes.axvspan(LEAST, NOISE_FACTOR * noise, color="#e8e8e8", label=f"within {NOISE_FACTOR:g} x noise")
+    axes.plot(complete, rows, "o", clip_on=False, color=COLOURS["complete"], label="all recomputed (ratio 1.0)")
+    axes.plot(reuse, rows, "s", color=COLOURS["reuse"], label="5 % recomputed (a trained model differs less)")
     axes.set_xscale("log")
-    axes.set_xlim(left=1e-3)
-    axes.set_xlabel("largest logprob difference among the 20 likeliest first tokens")
+    axes.set_xlim(left=LEAST)
+    axes.set_xlabel("largest logprob difference among the 20 likeliest first tokens (left edge: none)")
     axes.set_title("Distance to plain vLLM's answer", pad=72)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False)

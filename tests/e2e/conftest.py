@@ -54,7 +54,7 @@ def exact_engine(start_engine: Start, family: Family) -> Engine:
 @pytest.fixture(scope="session")
 def engine(start_engine: Start, family: Family) -> Engine:
     """bfloat16, as it is served; prefill in chunks that are smaller than an image."""
-    return _watched(start_engine(f"bfloat16-{family}", family, "bfloat16", {}, max_num_batched_tokens=256))
+    return _watched(start_engine(f"bfloat16-{family}", family, "bfloat16", {}, max_num_batched_tokens=96))
 
 
 @pytest.fixture

@@ -31,6 +31,10 @@ def model(llm: Any) -> Any:
     return core(llm).model_executor.driver_worker.worker.model_runner.model
 
 
+def accepts_embedding_inputs(llm: Any) -> bool:
+    return bool(llm.llm_engine.vllm_config.model_config.multimodal_config.enable_mm_embeds)
+
+
 def entry_sizes(llm: Any) -> list[int]:
     """Bytes of the entries that can be found, KV and embeddings alike."""
     index = session(llm).index

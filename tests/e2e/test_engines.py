@@ -4,8 +4,8 @@ import pytest
 
 from e2e import inside
 from e2e.conftest import Start
-from e2e.engine import Ask, Engine
-from e2e.test_reuse import CLOSE, LONG, OPEN, SCENES, A
+from e2e.engine import CONNECTOR, Ask, Engine
+from e2e.test_reuse import A, CLOSE, LONG, OPEN, RESOLUTION, SCENES, noise_of, show_pictures
 
 
 @pytest.fixture(scope="module")
@@ -14,13 +14,35 @@ def plain_engine(start_engine: Start) -> Engine:
     return start_engine("plain", "qwen2_5_vl", "float32", None)
 
 
-def test_mode_off_equals_an_engine_without_the_connector(plain_engine: Engine, start_engine: Start) -> None:
-    ours = start_engine("declined", "qwen2_5_vl", "float32", {"host_gib": 0.03})
+@pytest.fixture(scope="module")
+def full_engine(start_engine: Start) -> Engine:
+    """Policy `full`, and the role under which vLLM keeps embedding inputs refused."""
+    extra = {"host_gib": 0.03, "policy": "full"}
+    config = CONNECTOR | {"kv_role": "kv_producer", "kv_connector_extra_config": extra}
+    return start_engine("full", "qwen2_5_vl", "float32", None, kv_transfer_config=config)
+
+
+def test_mode_off_equals_an_engine_without_the_connector(plain_engine: Engine, full_engine: Engine) -> None:
     for parts in SCENES.values():
         expected = plain_engine.ask_one(Ask(parts, "off"))
-        found = ours.ask_one(Ask(parts, "off"))
+        found = full_engine.ask_one(Ask(parts, "off"))
         assert found.token_ids == expected.token_ids and found.logprobs == expected.logprobs
         assert found.num_cached_tokens == expected.num_cached_tokens
+
+
+def test_policy_full_equals_an_engine_without_the_connector(plain_engine: Engine, full_engine: Engine) -> None:
+    limit = 2 * noise_of(plain_engine) + RESOLUTION
+    show_pictures(full_engine)
+    for parts in SCENES.values():
+        plain_engine.forget()
+        full_engine.forget()
+        answer = full_engine.ask_one(Ask(parts))
+        assert answer.report["recomputed_tokens"] > 0 and not answer.report["approximate"]
+        assert answer.gap(plain_engine.ask_one(Ask(parts, "off"))) <= limit
+
+
+def test_the_producer_role_keeps_embedding_inputs_refused(full_engine: Engine) -> None:
+    assert not full_engine.call(inside.accepts_embedding_inputs)
 
 
 def test_the_encoder_connector_works_alone(plain_engine: Engine, start_engine: Start) -> None:

@@ -37,7 +37,7 @@ def test_a_reuse_request_waits_for_another_that_loads_the_same_prefix(fresh: Eng
 
 
 def test_passes_of_one_step_stay_within_the_engines_token_budget(fresh_bf16: Engine) -> None:
-    """The engine batches at most 256 tokens; requests whose passes would go beyond that wait for the next step."""
+    """The engine batches at most 96 tokens; requests whose passes would go beyond that wait for the next step."""
     show_pictures(fresh_bf16)
     asks = [Ask(SCENES[name], ratio=1.0) for name in ("two in the other order", "text between", "three")]
     fresh_bf16.call(inside.counters)
@@ -45,7 +45,7 @@ def test_passes_of_one_step_stay_within_the_engines_token_budget(fresh_bf16: Eng
     assert all(answer.report["recomputed_tokens"] > 0 for answer in answers)
     counts = fresh_bf16.call(inside.counters)
     assert counts["deferrals:step_budget"] > 0
-    assert counts["passes"] >= counts["recomputed_tokens"] / 256
+    assert counts["passes"] >= counts["recomputed_tokens"] / 96
 
 
 def test_a_text_request_is_not_touched(fresh: Engine) -> None:

@@ -1,0 +1,191 @@
+"""How much sooner is the first token, when all images of a prompt were seen before?
+
+    make bench          (or: python tests/bench/bench_ttft.py [--quick] [--repeats N] [--compiled])
+
+One engine with the connector, in this process. Each prompt is answered in four ways, one after the other, and that is
+repeated; ratios are taken within a repeat, so that a slow moment of the machine hits both sides:
+
+    full        mode "off", vLLM's prefix and encoder caches empty: encoder and prefill
+    exact hit   mode "off", the same prompt again
+    reuse 5 %   caches empty again, KV and encoder output from the connector's entries
+    reuse 2 %   the same with fewer tokens recomputed
+
+Times are the engine's own: from the moment its scheduler has the request until the first token is there. Wall-clock
+times of `LLM.generate` are given besides; they add tokenising and hashing the images. Preprocessing images is in
+neither: vLLM's cache of preprocessed images stays filled. The engine runs eagerly unless `--compiled` is given, because
+compiling takes minutes on a small machine; torch takes its number of threads from OMP_NUM_THREADS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import photos
+from bench.results import OUT, ROOT, circumstances, say, shown, write_json
+from bench.ttft_plot import plot
+from bench.ttft_report import Case, Measured, Repeat, print_results, report_json
+from checkpoints import cached_checkpoint
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the CPU build warns twice per request
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+CASES = [
+    Case("1 image, 1.6k", (("hopper", 40, 40),)),
+    Case("2 images, 1.6k", (("china", 40, 20), ("flower", 40, 20))),
+    Case("1 image, 4.1k", (("hopper", 64, 64),)),
+    Case("2 images, 4.1k", (("china", 64, 32), ("flower", 64, 32))),
+    Case("1 image, 8.2k", (("hopper", 128, 64),)),
+    Case("2 images, 8.2k", (("china", 64, 64), ("flower", 64, 64))),
+]
+QUICK_CASES = 2
+MODEL = {"hidden": 1024, "layers": 12, "vision_hidden": 512, "vision_depth": 8, "max_pixels": 6_500_000}
+ENGINE = {
+    "max_model_len": 16384,
+    "max_num_batched_tokens": 16384,
+    "max_num_seqs": 4,
+    "limit_mm_per_prompt": {"image": 2, "video": 0},
+    "skip_mm_profiling": True,
+    "enable_mm_processor_stats": True,  # counts and times the encoder's runs
+    "disable_log_stats": False,  # otherwise answers carry no engine times
+    # One encoder block in eight attends to the whole picture, the others to windows, as in the released models.
+    "hf_overrides": {"vision_config": {"fullatt_block_indexes": [7]}},
+    "kv_transfer_config": {
+        "kv_connector": "VLCacheConnector",
+        "kv_connector_module_path": "vlcache_connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"host_gib": 2},
+    },
+}
+PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
+OPENING = "These pictures come behind words that were never in front of them before. "
+
+
+class VariantError(Exception):
+    """A variant did not do what its name says, so there is nothing to compare."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    llm: Any
+
+    def forget(self) -> None:
+        """Empty vLLM's own prefix and encoder caches; not the entries, not the preprocessed images."""
+        if not self.llm.reset_prefix_cache():
+            raise VariantError("vLLM could not reset its prefix cache: a request still holds blocks")
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def ask(self, text: str, images: list[Any], vlcache: dict[str, Any]) -> Measured:
+        from vllm import SamplingParams
+
+        extra = {"kv_transfer_params": {"vlcache": vlcache}}
+        sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, extra_args=extra)
+        prompt = {"prompt": text, "multi_modal_data": {"image": images}}
+        start = time.perf_counter()
+        (output,) = self.llm.generate(prompt, sampling, use_tqdm=False)
+        wall_s = time.perf_counter() - start
+        encoder = self.llm.collective_rpc("get_encoder_timing_stats")[0].values()
+        return Measured(
+            output.metrics.first_token_ts - output.metrics.queued_ts,
+            wall_s,
+            len(output.prompt_token_ids),
+            output.kv_transfer_params["vlcache"],
+            sum(run["num_encoder_calls"] for run in encoder),
+            sum(run["encoder_forward_secs"] for run in encoder),
+        )
+
+
+def prompt_of(images: list[Any], opening: str) -> str:
+    pictures = " and ".join([PLACEHOLDER] * len(images))
+    return f"<|im_start|>user\n{opening}{pictures}What do they show?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def learn(engine: Engine, images: list[Any]) -> None:
+    """Each image alone, under another prompt, so that the connector stores it; the first reuse pays for warming up."""
+    engine.forget()
+    for image in images:
+        engine.ask(prompt_of([image], ""), [image], {"mode": "exact"})
+    engine.forget()
+    engine.ask(prompt_of(images, OPENING), images, {"mode": "reuse"})
+
+
+def repeat_once(engine: Engine, images: list[Any]) -> Repeat:
+    text = prompt_of(images, OPENING)
+    engine.forget()
+    full = engine.ask(text, images, {"mode": "off"})
+    exact = engine.ask(text, images, {"mode": "off"})
+    engine.forget()
+    reuse_5 = engine.ask(text, images, {"mode": "reuse", "recompute_ratio": 0.05})
+    engine.forget()
+    reuse_2 = engine.ask(text, images, {"mode": "reuse", "recompute_ratio": 0.02})
+    repeat = Repeat(full, exact, reuse_5, reuse_2)
+    require_meaning(repeat)
+    return repeat
+
+
+def require_meaning(repeat: Repeat) -> None:
+    """Raises `VariantError` when a variant was not what its name says."""
+    full, exact = repeat.full, repeat.exact
+    if full.encoder_runs == 0 or full.accounting["prefix_cached_tokens"] > 0:
+        raise VariantError(f"the full prefill was served from a cache: {full}")
+    if exact.encoder_runs > 0 or exact.accounting["prefix_cached_tokens"] < full.num_prompt_tokens - 256:
+        raise VariantError(f"the exact hit was computed: {exact}")
+    for reuse in (repeat.reuse_5, repeat.reuse_2):
+        if reuse.encoder_runs > 0 or reuse.accounting["reused_tokens"] < 0.9 * full.num_prompt_tokens:
+            raise VariantError(f"nothing, or little, was reused: {reuse}")
+
+
+def measure(engine: Engine, case: Case, repeats: int) -> list[Repeat]:
+    images = [photos.of_tokens(*image) for image in case.images]
+    learn(engine, images)
+    done = []
+    for number in range(1, repeats + 1):
+        repeat = repeat_once(engine, images)
+        times = ", ".join(f"{name} {1e3 * one.engine_s:.0f}" for name, one in repeat.variants().items())
+        say(f"  {case.title}, {number} of {repeats}: {times} ms")
+        done.append(repeat)
+    return done
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure the time to the first token with and without reuse.")
+    parser.add_argument("--quick", action="store_true", help="the smallest prompts only, 2 repeats")
+    parser.add_argument("--repeats", type=int, help="default 5")
+    parser.add_argument("--compiled", action="store_true", help="let vLLM compile the model (minutes to start)")
+    options = parser.parse_args()
+    repeats = options.repeats or (2 if options.quick else 5)
+    facts = circumstances() | {"options": vars(options) | {"repeats": repeats}, "model": MODEL, "engine": ENGINE}
+    say("building or finding the checkpoint")
+    checkpoint = cached_checkpoint("qwen2_5_vl", root=ROOT / ".checkpoints", **MODEL)
+    say("the engine starts " + ("and compiles" if options.compiled else "(eager)"))
+    import torch
+    from vllm import LLM
+
+    engine = Engine(LLM(str(checkpoint), enforce_eager=not options.compiled, **ENGINE))
+    facts["threads"] = torch.get_num_threads()
+    say(f"ready, {facts['threads']} threads")
+    try:
+        cases = CASES[:QUICK_CASES] if options.quick else CASES
+        results = {case: measure(engine, case, repeats) for case in cases}
+    except VariantError as error:
+        print(f"FAILED: {error}")
+        return 1
+    print_results(results)
+    write_json(OUT / "bench_ttft.json", {"circumstances": facts, "cases": report_json(results)})
+    plot(results, OUT / "bench_ttft.png")
+    say(f"results: {shown(OUT / 'bench_ttft.json')}, {shown(OUT / 'bench_ttft.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
