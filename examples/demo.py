@@ -156,8 +156,8 @@ def print_results(comparisons: list[Comparison], noise: float) -> None:
     print(f"\nNoise of plain vLLM, the same prompt fresh and as an exact hit: logprob differences up to {noise:.4f}\n")
     print(NOTES)
     print("Photographs")
-    for name, credit in photos.CREDITS.items():
-        print(f"  - {name}, {MEGAPIXELS[name]} megapixels: {credit}")
+    for name, megapixels in MEGAPIXELS.items():
+        print(f"  - {name}, {megapixels} megapixels: {photos.CREDITS[name]}")
 
 
 def main() -> int:

@@ -41,7 +41,7 @@ class Question:
 
     def messages(self) -> list[dict[str, Any]]:
         content = [
-            {"type": "image_url", "image_url": {"url": data_url(part)}}  # type: ignore[arg-type]
+            {"type": "image_url", "image_url": {"url": data_url(part)}}
             if part in photos.NAMES
             else {"type": "text", "text": part}
             for part in self.parts

@@ -53,8 +53,9 @@ def exact_engine(start_engine: Start, family: Family) -> Engine:
 
 @pytest.fixture(scope="session")
 def engine(start_engine: Start, family: Family) -> Engine:
-    """bfloat16, as it is served; prefill in chunks that are smaller than an image."""
-    return _watched(start_engine(f"bfloat16-{family}", family, "bfloat16", {}, max_num_batched_tokens=96))
+    """bfloat16, as it is served; prefill in chunks that are smaller than an image, long ones in even smaller chunks."""
+    limits = {"max_num_batched_tokens": 96, "long_prefill_token_threshold": 32}
+    return _watched(start_engine(f"bfloat16-{family}", family, "bfloat16", {}, **limits))
 
 
 @pytest.fixture

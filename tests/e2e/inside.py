@@ -1,12 +1,13 @@
 """Functions that run in the engine's process: they look at the connector's state, or plant a fault in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.sampling_params import RequestOutputKind
 
-from e2e.engine import Ask, request_of
+from e2e.engine import Answer, Ask, answer_of, request_of
 from vlcache_connector.engine.kv_worker import VLCacheWorker
 from vlcache_connector.engine.metadata import ReuseJob
 from vlcache_connector.engine.session import SCHEDULERS
@@ -158,6 +159,23 @@ def repair(llm: Any) -> None:
     """Take all planted faults back."""
     while _undo:
         _undo.pop()()
+
+
+def drive(llm: Any, asks: Sequence[tuple[int, Ask]]) -> list[Answer]:
+    """Answers of requests that arrive at given engine steps, in the order of `asks`."""
+    waiting = sorted(range(len(asks)), key=lambda i: asks[i][0])
+    answers: dict[str, Answer] = {}
+    step = 0
+    while waiting or llm.llm_engine.has_unfinished_requests():
+        while waiting and asks[waiting[0]][0] <= step:
+            number = waiting.pop(0)
+            prompt, sampling = request_of(asks[number][1])
+            sampling.output_kind = RequestOutputKind.FINAL_ONLY
+            llm.llm_engine.add_request(f"driven-{number}", prompt, sampling)
+        for output in llm.llm_engine.step():
+            answers[output.request_id] = answer_of(output)
+        step += 1
+    return [answers[f"driven-{number}"] for number in range(len(asks))]
 
 
 def compute_prefix(llm: Any, ask: Ask, num_tokens: int) -> int:

@@ -5,7 +5,7 @@ import pytest
 from e2e import inside
 from e2e.conftest import Start
 from e2e.engine import CONNECTOR, Ask, Engine
-from e2e.test_reuse import A, CLOSE, LONG, OPEN, RESOLUTION, SCENES, noise_of, show_pictures
+from e2e.test_reuse import CLOSE, LONG, OPEN, RESOLUTION, SCENES, A, noise_of, show_pictures
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from e2e import inside
 from e2e.engine import Ask, Engine, Picture
-from e2e.test_reuse import CLOSE, LONG, OPEN, A, B, bound, plain, show_pictures  # noqa: F401
+from e2e.test_reuse import CLOSE, LONG, OPEN, A, B, bound, bound_bf16, plain, show_pictures  # noqa: F401
 
 PROMPT: Sequence[str | Picture] = [OPEN, LONG, B, A, "what is it?", CLOSE]
 SIDES = "vlcache_connector.engine."
@@ -60,6 +60,26 @@ def test_one_failing_request_does_not_disturb_others_of_its_step(fresh: Engine, 
     answers = fresh.ask(*asks)
     assert [answer.report.get("reason") == "load_failed" for answer in answers].count(True) == 1
     assert all(answer.gap(other) <= bound for answer, other in zip(answers, expected, strict=True))
+
+
+@pytest.mark.parametrize("arrival", [0, 1, 2])
+def test_nobody_reads_the_half_written_blocks_of_a_failed_request(
+    fresh_bf16: Engine,
+    bound_bf16: float,  # noqa: F811
+    arrival: int,
+) -> None:
+    """The failed request is computed in chunks over many steps; meanwhile a plain one with the same beginning
+    arrives.
+    """
+    show_pictures(fresh_bf16)
+    failing = Ask([OPEN, LONG, LONG, A, "what is it?", CLOSE], ratio=0.05, max_tokens=2)
+    other = Ask([OPEN, LONG, LONG, "only text", CLOSE], "off", max_tokens=2)
+    expected = [plain(fresh_bf16, ask.parts) for ask in (failing, other)]
+    fresh_bf16.forget()
+    fresh_bf16.call(inside.plant, "vlcache_connector.exec.recompute:Recompute", "run")
+    answers = fresh_bf16.call(inside.drive, [(0, failing), (arrival, other)])
+    assert answers[0].report["reason"] == "load_failed"
+    assert all(answer.gap(one) <= bound_bf16 for answer, one in zip(answers, expected, strict=True))
 
 
 @pytest.mark.parametrize("fault", SAVE_FAULTS)

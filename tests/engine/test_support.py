@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import cached_checkpoint
 
+from checkpoints import cached_checkpoint
 from vlcache_connector.engine.compat import require_supported_engine
 from vlcache_connector.engine.fingerprint import embedding_facts, kv_facts, weights_fingerprint
 from vlcache_connector.engine.support import engine_reason, feature_reason

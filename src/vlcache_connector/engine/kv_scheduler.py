@@ -5,6 +5,7 @@ Order of calls in one engine step (vLLM's scheduler): `get_num_new_matched_token
 each waiting request, then `build_connector_meta` once; after the workers ran, `update_connector_output`.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+_Writer = tuple["Request", int]  # a request, and the first block of it that is not written yet
 _QUIET = {Reason.NO_MEDIA, Reason.MISS, Reason.IN_PREFIX_CACHE, Reason.MODE, Reason.BEHIND_NEW_IMAGE}
 
 
@@ -50,6 +52,7 @@ class VLCacheScheduler:
         self._states: dict[str, RequestState] = {}
         self._admitted: set[str] = set()  # requests that hold blocks
         self._new_jobs: list[ReuseJob] = []
+        self._unconfirmed: dict[int, _Writer] = {}  # job -> the request whose blocks it fills
         self._lost_blocks: set[int] = set()
         self._reported: set[Reason] = set()
         self._saves = SavePlanner(session)
@@ -73,6 +76,10 @@ class VLCacheScheduler:
 
     def get_num_new_matched_tokens(self, request: "Request", num_local: int) -> int | None:
         """How many tokens behind the local hit this connector covers; None to be asked again in the next step."""
+        if self._builds_on(request, num_local, self._unconfirmed.values()):
+            # Whoever it is: until a load is known to have worked, nobody may read the blocks that it fills.
+            self._session.counters.add("deferrals", label="unconfirmed_load")
+            return None
         state = self._states.get(request.request_id)
         if state is None:
             return 0
@@ -190,7 +197,7 @@ class VLCacheScheduler:
     def _must_wait(self, state: RequestState, num_local: int) -> bool:
         """Whether to ask again in the next step: passes run before the step's forward, and share its token budget."""
         assert isinstance(state.plan, ReusePlan)
-        if self._builds_on_running_step(state.request, num_local):
+        if self._builds_on(state.request, num_local, self._computing()):
             self._session.counters.add("deferrals", label="running_step")
             return True
         if self._step_tokens and self._step_tokens + state.plan.num_recomputed > self._max_step_tokens:
@@ -198,21 +205,22 @@ class VLCacheScheduler:
             return True
         return False
 
-    def _builds_on_running_step(self, request: "Request", num_local: int) -> bool:
-        """Whether the local hit contains blocks that another request computes, or loads, in the step being scheduled.
+    def _computing(self) -> Iterator[_Writer]:
+        """Requests that the step being scheduled computes, with the first block that is not written yet."""
+        for request_id in self._admitted:
+            request = self._states[request_id].request
+            if request.status is RequestStatus.RUNNING:
+                yield request, request.num_computed_tokens // self._block_size
 
-        vLLM gives blocks their hashes at allocation, so such blocks are handed out before they were written. Hashes are
-        chained: the hit contains the first unwritten block of the other request exactly when the hashes there agree.
+    def _builds_on(self, request: "Request", num_local: int, writers: Iterable[_Writer]) -> bool:
+        """Whether the local hit contains blocks that one of these writers has yet to fill.
+
+        vLLM gives blocks their hashes at allocation, so such blocks are handed out before they were written. Hashes
+        are chained: the hit contains the writer's first unwritten block exactly when the hashes there agree.
         """
         num_hit = num_local // self._block_size
-        loading = {job.request_id for job in self._new_jobs}
-        for other_id in self._admitted:
-            state = self._states[other_id]
-            other = state.request
-            if other is request or other.status is not RequestStatus.RUNNING:
-                continue
-            first = (state.num_local if other_id in loading else other.num_computed_tokens) // self._block_size
-            is_hit = first < min(num_hit, len(other.block_hashes))
+        for other, first in writers:
+            is_hit = other is not request and first < min(num_hit, len(other.block_hashes))
             if is_hit and other.block_hashes[first] == request.block_hashes[first]:
                 return True
         return False
@@ -234,11 +242,14 @@ class VLCacheScheduler:
         owned = self._blocks_of(block_ids, plan.start, plan.end)
 
         def done(error: str | None) -> None:
+            del self._unconfirmed[job_id]
             if error is not None:
                 self._fail(state, error, owned)
 
+        job_id = self._session.new_job(pinned=pinned, on_done=done)
+        self._unconfirmed[job_id] = (state.request, plan.start // self._block_size)
         return ReuseJob(
-            self._session.new_job(pinned=pinned, on_done=done),
+            job_id,
             state.request.request_id,
             state.prompt(plan.spans[-1].span.end),
             tuple(block_ids),
