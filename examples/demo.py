@@ -28,7 +28,7 @@ from demo_requests import FIRST_SEEN, MEGAPIXELS, SEEN_BEFORE, Answer, Client, Q
 from demo_server import ServerError, print_tail, serve, worker_cores  # noqa: E402
 
 from bench import photos  # noqa: E402
-from bench.results import OUT, circumstances, say, shown, table, write_json  # noqa: E402
+from bench.results import OUT, circumstances, say, shown, table, warn_when_busy, write_json  # noqa: E402
 from checkpoints import cached_checkpoint  # noqa: E402
 
 REPEATS = 3  # of what takes a fraction of a second; of these the median counts
@@ -163,6 +163,7 @@ def print_results(comparisons: list[Comparison], noise: float) -> None:
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     facts = circumstances()
+    warn_when_busy()
     say("0. checkpoint: Qwen2.5-VL architecture, hidden 768, 10 layers, encoder 256 x 8, bf16, random weights")
     model = cached_checkpoint(
         "qwen2_5_vl", 768, 10, root=ROOT / ".checkpoints", vision_hidden=256, vision_depth=8, max_pixels=4_200_000

@@ -61,6 +61,6 @@ def _differences(axes: Axes, known: list[Comparison], rows: np.ndarray, noise: f
     axes.plot(reuse, rows, "s", color=COLOURS["reuse"], label="5 % recomputed (a trained model differs less)")
     axes.set_xscale("log")
     axes.set_xlim(left=LEAST)
-    axes.set_xlabel("largest logprob difference among the 20 likeliest first tokens (left edge: none)")
+    axes.set_xlabel("largest logprob difference of the likeliest first tokens\n(20 of them; left edge: none)")
     axes.set_title("Distance to plain vLLM's answer", pad=72)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False)

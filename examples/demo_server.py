@@ -28,7 +28,7 @@ ENVIRONMENT = {
 }
 START_LIMIT_S = 180
 STOP_LIMIT_S = 30
-TAIL_LINES = 40
+TAIL_LINES = 30
 
 
 class ServerError(Exception):
@@ -122,7 +122,13 @@ def session_members(session: int) -> list[int]:
 
 
 def print_tail(log: Path) -> None:
-    print(f"\nThe end of {log.name}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:]) + "\n")
+    """The end of a log; before it the errors it names, because the cause is often far from the end."""
+    lines = log.read_text(errors="replace").splitlines()
+    mentions = [line for line in dict.fromkeys(lines) if re.search(r"\b\w*(Error|Exception): ", line)]
+    errors = [line for line in mentions if " WARNING " not in line]
+    if errors:
+        print(f"\nErrors in {log.name}:\n" + "\n".join(errors[:TAIL_LINES]))
+    print(f"\nThe end of {log.name}:\n" + "\n".join(lines[-TAIL_LINES:]) + "\n")
 
 
 def worker_cores(log: Path) -> list[str]:

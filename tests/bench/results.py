@@ -22,6 +22,12 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
 
 
+def warn_when_busy() -> None:
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    if load > cores / 4:
+        say(f"careful: the load average is {load:.1f} on {cores} cores; with other work around, times mean little")
+
+
 def circumstances() -> dict[str, Any]:
     """Versions, machine and commit, for the head of every result file."""
     return {

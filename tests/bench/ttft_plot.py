@@ -27,6 +27,7 @@ def plot(results: Results, path: Path) -> None:
     _ratios(axes[1], results, ["full / reuse 5 %", "full / reuse 2 %"], "How much sooner than full")
     _ratios(axes[2], results, ["reuse 5 % / exact", "reuse 2 % / exact"], "How much later than an exact hit")
     for one in axes:
+        one.set_xlim(-0.5, len(results) - 0.5)
         one.set_xticks(range(len(results)), [case.title.replace(", ", "\n") for case in results])
         one.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Time to the first token (engine side), random Qwen2.5-VL; image tokens per prompt")
@@ -41,6 +42,10 @@ def _times(axes: Axes, results: Results) -> None:
         medians = [statistics.median(r.variants()[name].engine_s for r in repeats) for repeats in results.values()]
         axes.bar(np.arange(len(results)) + (number - 1.5) * width, medians, width, label=name, color=colour)
     axes.set_yscale("log")
+    lowest, highest = axes.get_ylim()
+    axes.set_yticks([at for at in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if lowest <= at <= highest])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set_ylabel("seconds (median)")
     axes.set_title("Time to the first token")
     axes.legend(frameon=False)

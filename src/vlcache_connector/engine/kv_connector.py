@@ -23,10 +23,12 @@ from vlcache_connector.engine.encoder_flag import share_encoder_connector
 from vlcache_connector.engine.kv_scheduler import VLCacheScheduler
 from vlcache_connector.engine.kv_worker import VLCacheWorker, answer_all_failed
 from vlcache_connector.engine.metadata import JobResults, VLCacheMetadata, VLCacheWorkerMetadata
+from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import SCHEDULERS, WORKERS, SchedulerSession, WorkerSession, entry_layout
 from vlcache_connector.engine.stats import VLCachePromMetrics, VLCacheStats
 from vlcache_connector.engine.support import engine_reason, warn_of_embedding_inputs
 from vlcache_connector.errors import VLCacheError
+from vlcache_connector.metrics import Counters
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,6 +61,8 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         # Answers that the worker side owes for steps it could not work on at all.
         self._owed = JobResults()
         self._owed_blocks: set[int] = set()
+        self._counters = Counters()
+        is_known_family = family_of(vllm_config.model_config.architectures) is not None
         if role is KVConnectorRole.SCHEDULER:
             # A failed load must end as computation by the engine, not as a failed request (vLLM's default).
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
@@ -66,11 +70,12 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             session = SCHEDULERS.attach(self._instance, lambda: SchedulerSession(vllm_config, options, layout))
             self._counters = session.counters
             self._start_scheduler(vllm_config, kv_cache_config, session)
-        else:
+        elif is_known_family:  # otherwise there is nothing to store, and no memory is taken
             worker_session = WORKERS.attach(self._instance, lambda: WorkerSession(options, layout))
             self._counters = worker_session.counters
             self._start_worker(vllm_config, kv_cache_config, worker_session)
-        share_encoder_connector(vllm_config, is_worker=role is KVConnectorRole.WORKER)
+        if is_known_family:
+            share_encoder_connector(vllm_config, is_worker=role is KVConnectorRole.WORKER)
 
     def _start_scheduler(
         self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", session: SchedulerSession

@@ -122,9 +122,10 @@ class VLCacheScheduler:
         """The job of an admitted request could not be made: its blocks must be computed by the engine after all."""
         state = self._states.get(request.request_id)
         start = state.plan.start if state is not None and isinstance(state.plan, ReusePlan) else 0
-        self._lost_blocks.update(self._blocks_of(block_ids, start, start + num_external))
+        lost = self._blocks_of(block_ids, start, start + num_external)
+        self._lost_blocks.update(lost)
         if state is not None:
-            self._fail(state, "the reuse job could not be made")
+            self._fail(state, "the reuse job could not be made", lost)
 
     def request_finished(self, request: "Request") -> dict[str, Any] | None:
         state = self._states.pop(request.request_id, None)
@@ -173,6 +174,8 @@ class VLCacheScheduler:
 
     def _plan(self, state: RequestState, num_local: int) -> ReusePlan | Reason:
         state.num_local = num_local
+        if not state.request.mm_features:
+            return Reason.NO_MEDIA
         if state.declined is not None:
             return state.declined
         if self._session.unsupported is not None:
@@ -258,14 +261,14 @@ class VLCacheScheduler:
             owned,
         )
 
-    def _fail(self, state: RequestState, error: str, block_ids: tuple[int, ...] = ()) -> None:
+    def _fail(self, state: RequestState, error: str, block_ids: tuple[int, ...]) -> None:
         """The engine computes the request after all. Its half-written blocks must not be found by anyone meanwhile."""
         logger.warning("VLCache: request %s is recomputed by the engine: %s", state.request.request_id, error)
         self._session.counters.add("failures", label="reuse")
         state.declined = state.plan = Reason.LOAD_FAILED
         state.is_approximate = self._chains.is_used(state, state.num_local)
-        if block_ids and self._kv_cache_manager is not None:
-            self._kv_cache_manager.evict_blocks(set(block_ids))
+        assert self._kv_cache_manager is not None
+        self._kv_cache_manager.evict_blocks(set(block_ids))
 
     # -- telling ------------------------------------------------------------------------------------------------------
 

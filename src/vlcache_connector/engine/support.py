@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vlcache_connector.engine.encoder_flag import encoder_reason
 from vlcache_connector.engine.models import FAMILIES
 from vlcache_connector.plan.keys import is_content_hash
 from vlcache_connector.types import Reason
@@ -41,7 +42,7 @@ def engine_reason(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -
     for applies, sentence in checks:
         if applies:
             return sentence
-    return _cache_reason(kv_cache_config)
+    return encoder_reason(vllm_config) or _cache_reason(kv_cache_config)
 
 
 def _family_missing(architectures: list[str]) -> bool:
