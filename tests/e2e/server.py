@@ -24,7 +24,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self._url = f"http://127.0.0.1:{probe.getsockname()[1]}"
         port = self._url.rpartition(":")[2]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
         command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", "tested", *arguments]
         self._log = log
         with log.open("w") as file:
