@@ -53,3 +53,23 @@ def test_a_text_request_is_not_touched(fresh: Engine) -> None:
     answer = fresh.ask_one(Ask([OPEN, LONG, CLOSE], params={"mode": "reuse"}))
     assert answer.report["reused_tokens"] == 0 and answer.report["reason"] == "no_media"
     assert not any(name.startswith("declines") for name in fresh.call(inside.counters))
+
+
+def test_requests_that_decode_go_on_beside_reuse(fresh: Engine, bound: float) -> None:  # noqa: F811
+    """A text request and a picture request are decoding when two more requests with known pictures arrive."""
+    show_pictures(fresh)
+    asks = [
+        (0, Ask([OPEN, "tell a story", CLOSE], "off", max_tokens=12)),
+        (1, Ask([OPEN, "other ", A, "what?", CLOSE], ratio=1.0, max_tokens=12)),
+        (3, Ask([OPEN, "late ", B, A, "which?", CLOSE], ratio=0.05, max_tokens=6)),
+        (3, Ask([OPEN, LONG, A, "and?", CLOSE], ratio=1.0, max_tokens=6)),
+    ]
+    alone = []
+    for _, ask in asks:
+        fresh.forget()
+        alone.append(fresh.ask_one(ask))
+    fresh.forget()
+    for one, other in zip(alone, fresh.call(inside.drive, asks), strict=True):
+        assert one.gap(other) <= bound
+        assert one.token_ids == other.token_ids
+        assert one.report["reused_tokens"] == other.report["reused_tokens"]

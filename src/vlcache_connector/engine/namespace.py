@@ -55,17 +55,18 @@ def cached_chain_start(
     request: "Request", candidates: list[int], pool: "BlockPool", policy: str, ratio: float
 ) -> int | None:
     """The candidate block from which this request's own namespace reaches further than the exact chain, if any."""
-    exact = _num_cached(request.block_hashes, 0, pool)
     for first_block in candidates:
-        if first_block > exact or first_block >= len(request.block_hashes):
+        if first_block >= len(request.block_hashes):
             return None
-        if pool.get_cached_block(salted(request.block_hashes[first_block], policy, ratio), _GROUPS) is None:
-            continue
+        start_hash = salted(request.block_hashes[first_block], policy, ratio)
+        if pool.get_cached_block(start_hash, _GROUPS) is None:
+            continue  # one look-up per picture is all that most new requests cost
+        exact = _num_cached(request.block_hashes, 0, pool)
         chain = enter(request, first_block, policy, ratio)
         assert chain is not None
         reached = _num_cached(request.block_hashes, first_block, pool)
         leave(request, chain)
-        if reached > exact:
+        if first_block <= exact < reached:
             return first_block
     return None
 
