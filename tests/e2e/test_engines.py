@@ -72,6 +72,24 @@ def test_the_encoder_connector_works_alone(plain_engine: Engine, start_engine: S
     assert engine.call(inside.count_encoder_runs) == 1
 
 
+def test_both_flags_together_store_kv_where_the_scheduler_thinks_it_is(start_engine: Start) -> None:
+    """The user's encoder connector is created first, without knowing any KV layout and with another size."""
+    config = {
+        "ec_connector": "VLCacheECConnector",
+        "ec_connector_module_path": "vlcache_connector",
+        "ec_role": "ec_both",
+        "ec_connector_extra_config": {"host_gib": 0.001},
+    }
+    engine = start_engine("both", "qwen2_5_vl", "float32", {"host_gib": 0.03}, ec_transfer_config=config)
+    prompt = [OPEN, "first seen here ", A, CLOSE]
+    expected = engine.ask_one(Ask(prompt))
+    engine.forget()
+    # The same text stands before the picture, so its entry is exact here: reusing all of it changes nothing.
+    answer = engine.ask_one(Ask(prompt, ratio=0.0))
+    assert answer.report["reused_tokens"] == 100
+    assert answer.gap(expected) <= 2 * noise_of(engine) + RESOLUTION
+
+
 def test_an_engine_that_cannot_reuse_runs_as_plain_vllm_and_says_why(start_engine: Start) -> None:
     engine = start_engine("fp8", "qwen2_5_vl", "bfloat16", {}, kv_cache_dtype="fp8")
     engine.ask_one(Ask([OPEN, A, CLOSE]))

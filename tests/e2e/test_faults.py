@@ -96,6 +96,19 @@ def test_a_fault_while_saving_is_only_a_future_miss(fresh: Engine, bound: float,
     assert fresh.ask_one(Ask(PROMPT)).gap(expected) <= bound
 
 
+def test_what_was_computed_over_a_failed_reuse_is_not_saved(fresh: Engine, bound: float) -> None:  # noqa: F811
+    """A new picture behind a range that should have been recomputed in full, which makes the plan exact."""
+    show_pictures(fresh)
+    before = fresh.call(inside.num_kv_entries)
+    new = Picture(51)
+    prompt = [OPEN, LONG, A, "and", new, "same?", CLOSE]
+    expected = plain(fresh, prompt)
+    fresh.forget()
+    fresh.call(inside.plant, "vlcache_connector.exec.recompute:Recompute", "run")
+    assert fresh.ask_one(Ask(prompt, ratio=1.0)).gap(expected) <= bound
+    assert fresh.call(inside.num_kv_entries) == before
+
+
 def test_an_embedding_that_cannot_be_loaded_is_encoded_again(fresh: Engine, bound: float) -> None:  # noqa: F811
     show_pictures(fresh)
     expected = plain(fresh, PROMPT)

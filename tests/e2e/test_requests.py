@@ -72,9 +72,23 @@ def test_identifiers_that_a_client_chose_are_not_trusted(fresh: Engine) -> None:
 
 
 def _ask_with_uuid(llm: Any, picture: Picture, uuid: str) -> dict[str, Any]:
+    llm.llm_engine.reset_mm_cache()  # vLLM itself takes one UUID for one picture while it remembers it
     prompt, sampling = request_of(Ask([OPEN, picture, CLOSE]))
     (output,) = llm.generate(prompt | {"multi_modal_uuids": {"image": [uuid]}}, sampling, use_tqdm=False)
     return answer_of(output).report
+
+
+def test_one_uuid_that_looks_like_a_hash_never_serves_a_picture_of_another_size(fresh: Engine) -> None:
+    """Such a UUID cannot be told from a hash; the second picture must at least not read beyond the first one's
+    entry.
+    """
+    uuid = "ab" * 32
+    assert fresh.call(_ask_with_uuid, Picture(44), uuid)["reason"] == "miss"
+    fresh.forget()
+    fresh.call(inside.count_encoder_runs)
+    report = fresh.call(_ask_with_uuid, Picture(45, 560, 560), uuid)
+    assert report["reason"] == "miss" and report["reused_tokens"] == 0
+    assert fresh.call(inside.count_encoder_runs) == 1
 
 
 def test_same_size_pictures_are_never_confused(fresh: Engine, bound: float) -> None:  # noqa: F811

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vlcache_connector.exec.batch import Row, VirtualBatch, build_batch, split_passes
+from vlcache_connector.exec.batch import PassLimits, Row, VirtualBatch, build_batch, split_passes
 from vlcache_connector.types import Run
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_passes_hold_every_token_once_in_order_and_never_too_many(max_tokens: in
     rng = random.Random(max_tokens)
     for _ in range(200):
         rows = random_rows(rng)
-        passes = list(split_passes(rows, max_tokens))
+        passes = list(split_passes(rows, PassLimits(max_tokens, 10**6)))
         assert [token for part in passes for token in tokens_of(part)] == tokens_of(rows)
         assert all(0 < len(tokens_of(part)) <= max_tokens for part in passes)
         assert all(len(row.run) > 0 for part in passes for row in part)
@@ -44,8 +44,8 @@ def test_passes_hold_every_token_once_in_order_and_never_too_many(max_tokens: in
 
 def test_rows_are_kept_whole_where_they_fit() -> None:
     rows = [Row(0, Run(3, 8)), Row(0, Run(20, 21)), Row(1, Run(0, 10))]
-    assert list(split_passes(rows, 16)) == [tuple(rows)]
-    assert list(split_passes(rows, 6)) == [
+    assert list(split_passes(rows, PassLimits(16, 8))) == [tuple(rows)]
+    assert list(split_passes(rows, PassLimits(6, 8))) == [
         (Row(0, Run(3, 8)), Row(0, Run(20, 21))),
         (Row(1, Run(0, 6)),),
         (Row(1, Run(6, 10)),),
@@ -53,8 +53,8 @@ def test_rows_are_kept_whole_where_they_fit() -> None:
 
 
 def test_nothing_to_do_is_no_pass() -> None:
-    assert list(split_passes([], 8)) == []
-    assert list(split_passes([Row(0, Run(5, 5))], 8)) == []
+    assert list(split_passes([], PassLimits(8, 8))) == []
+    assert list(split_passes([Row(0, Run(5, 5))], PassLimits(8, 8))) == []
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_over_several_passes_each_token_attends_to_its_own_prefix(max_tokens: in
     for seed in range(5):
         rng = random.Random(seed)
         sequences = random_sequences(rng, [rng.randrange(1, 40) for _ in range(3)])
-        passes = list(split_passes(all_rows(rng, sequences), max_tokens))
+        passes = list(split_passes(all_rows(rng, sequences), PassLimits(max_tokens, 10**6)))
         assert_dense(sequences, run_passes(sequences, passes, empty_pages(sequences)))
 
 
@@ -227,3 +227,10 @@ def test_a_pass_that_runs_before_an_earlier_one_is_noticed() -> None:
     passes: list[tuple[Row, ...]] = [(Row(0, Run(6, 12)),), (Row(0, Run(0, 6)),)]
     with pytest.raises(AssertionError, match="own prefix"):
         assert_dense(sequences, run_passes(sequences, passes, empty_pages(sequences)))
+
+
+def test_a_pass_has_no_more_rows_than_the_engine_batches() -> None:
+    rows = [Row(i % 2, Run(10 * i, 10 * i + 2)) for i in range(7)]
+    passes = list(split_passes(rows, PassLimits(100, 3)))
+    assert [len(part) for part in passes] == [3, 3, 1]
+    assert [row for part in passes for row in part] == rows

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from vlcache_connector.exec.batch import VirtualBatch
+from vlcache_connector.exec.batch import PassLimits, VirtualBatch
 from vlcache_connector.exec.model import Prompt
 from vlcache_connector.exec.recompute import Recompute, SequenceInput
 from vlcache_connector.exec.rope import Rope
@@ -162,7 +162,7 @@ class PagedStack:
         return self.pages[:, :, request.slots]
 
     def recompute(self, inputs: Sequence[SequenceInput], max_tokens: int = 10**6) -> int:
-        return Recompute(self, self.attention, BLOCK_SIZE, max_tokens, CPU).run(inputs)
+        return Recompute(self, self.attention, BLOCK_SIZE, PassLimits(max_tokens, 10**6), CPU).run(inputs)
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ class Recorder:
         return hidden, residual
 
     def recompute(self, inputs: Sequence[SequenceInput], max_tokens: int = 10**6) -> int:
-        return Recompute(self, self.attention, BLOCK_SIZE, max_tokens, CPU).run(inputs)
+        return Recompute(self, self.attention, BLOCK_SIZE, PassLimits(max_tokens, 10**6), CPU).run(inputs)
 
     def rows(self, layer: int) -> list[float]:
         """First element of every row that a layer was given, over all passes."""

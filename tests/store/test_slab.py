@@ -29,7 +29,7 @@ def slab_with_two(dtype: torch.dtype, num_tokens: int) -> tuple[Slab, Extent, Ex
     layout = layout_of(dtype)
     allocator = ExtentAllocator(4 * (layout.kv_nbytes(num_tokens) + ALIGNMENT))
     slab = Slab(allocator.capacity, layout)
-    raw_bytes(slab.embedding(Extent(0, 0), 1)).fill_(GUARD)
+    raw_bytes(slab.embedding(Extent(0, 1 << 40), 1)).fill_(GUARD)
     extents = [allocator.allocate(layout.kv_nbytes(num_tokens)) for _ in range(2)]
     assert extents[0] is not None
     assert extents[1] is not None
@@ -145,3 +145,15 @@ def test_views_share_the_slabs_memory() -> None:
     slab, extent, _ = slab_with_two(torch.float32, 3)
     slab.kv(extent, 3).fill_(2.0)
     assert slab.kv(extent, 3).eq(2.0).all()
+
+
+def test_a_view_never_reaches_beyond_its_extent() -> None:
+    layout = EntryLayout(2, 2, 8, torch.bfloat16, 24, torch.bfloat16)
+    slab = Slab(1 << 16, layout)
+    small = Extent(0, layout.embedding_nbytes(4))
+    assert slab.embedding(small, 4).shape == (4, 24)
+    for view, num_tokens in ((slab.embedding, 5), (slab.kv, 1000), (slab.positions, 1000)):
+        with pytest.raises(ValueError, match="do not fit"):
+            view(small, num_tokens)
+    with pytest.raises(ValueError, match="do not fit"):
+        slab.embedding(Extent((1 << 16) - 10, 1 << 12), 4)

@@ -13,10 +13,12 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
     ECConnectorRole,
     ECConnectorWorkerMetadata,
 )
+from vllm.logger import init_logger
 
 from vlcache_connector.config import Options
 from vlcache_connector.engine.compat import require_supported_engine
 from vlcache_connector.engine.ec_sides import ECScheduler, ECWorker
+from vlcache_connector.engine.encoder_flag import encoder_reason
 from vlcache_connector.engine.metadata import VLCacheECMetadata, VLCacheECWorkerMetadata
 from vlcache_connector.engine.session import (
     SCHEDULERS,
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ECConnectorOutput
     from vllm.v1.request import Request
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class VLCacheECConnector(ECConnectorBase):
@@ -49,7 +53,10 @@ class VLCacheECConnector(ECConnectorBase):
         self._worker: ECWorker | None = None
         if role is ECConnectorRole.SCHEDULER:
             session = SCHEDULERS.attach(self._instance, lambda: SchedulerSession(vllm_config, options, layout))
-            self._scheduler = ECScheduler(session)
+            is_verified = not vllm_config.use_v2_model_runner
+            if not is_verified:
+                logger.warning("VLCache stores no encoder outputs: %s", encoder_reason(vllm_config))
+            self._scheduler = ECScheduler(session, is_verified)
         else:
             self._worker = ECWorker(WORKERS.attach(self._instance, lambda: WorkerSession(options, layout)))
 
@@ -70,7 +77,7 @@ class VLCacheECConnector(ECConnectorBase):
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> ECConnectorMetadata:
         assert self._scheduler is not None
-        return self._scheduler.build_connector_meta()
+        return self._scheduler.build_connector_meta(scheduler_output.total_num_scheduled_tokens > 0)
 
     def update_connector_output(self, connector_output: "ECConnectorOutput") -> None:
         assert self._scheduler is not None

@@ -36,31 +36,35 @@ class _Wanted:
 class ECScheduler:
     """Scheduler side. vLLM asks `has_cache_item` by identifier only, right after it named the request."""
 
-    def __init__(self, session: SchedulerSession) -> None:
+    def __init__(self, session: SchedulerSession, is_enabled: bool = True) -> None:
         self._session = session
+        self._is_enabled = is_enabled
         self._salt: str | None = None
-        self._is_wanted = False
+        self._num_embeds: dict[str, int] = {}  # of the media of the request that vLLM is asking for
         self._loads: list[tuple[_Wanted, HostEntry, int]] = []
 
     def about_to_ask(self, request: "Request") -> None:
-        self._salt = request.cache_salt
-        self._is_wanted = wants_embeddings(request)
+        self._salt, self._num_embeds = request.cache_salt, {}
+        if self._is_enabled and wants_embeddings(request):
+            self._num_embeds = {f.identifier: f.mm_position.get_num_embeds() for f in request.mm_features}
 
     def has_cache_item(self, identifier: str) -> bool:
-        if not self._is_wanted:
-            return False
-        return self._session.index.get(self._session.keys.embedding(identifier, self._salt)) is not None
+        num_embeds = self._num_embeds.get(identifier)
+        return num_embeds is not None and self._find(identifier, self._salt, num_embeds) is not None
+
+    def _find(self, identifier: str, salt: str | None, num_embeds: int) -> HostEntry | None:
+        """The entry, unless it is of another size: a client can give two pictures one UUID that looks like a hash."""
+        entry = self._session.index.get(self._session.keys.embedding(identifier, salt))
+        return entry if entry is not None and entry.num_tokens == num_embeds else None
 
     def update_state_after_alloc(self, request: "Request", index: int) -> None:
-        """This step fills the engine's encoder cache with the item: from the slab when it is there, else by the
-        encoder.
-        """
+        """This step fills the engine's encoder cache with the item: from the slab if it is there, or by the encoder."""
         session, feature = self._session, request.mm_features[index]
-        if not wants_embeddings(request):
+        if not self._is_enabled or not wants_embeddings(request):
             return
         key = session.keys.embedding(feature.identifier, request.cache_salt)
         item = _Wanted(feature.identifier, feature.mm_position.get_num_embeds(), request.request_id, index)
-        entry = session.index.get(key)
+        entry = self._find(feature.identifier, request.cache_salt, item.num_tokens)
         if entry is not None:
             # Pinned at once: the same answer made the scheduler skip the encoder.
             self._loads.append((item, entry, session.new_job(pinned=[entry])))
@@ -68,15 +72,18 @@ class ECScheduler:
         elif feature_reason(feature, session.options.trust_client_uuids) is None and not session.index.holds(key):
             session.wanted_embeddings[key] = item
 
-    def build_connector_meta(self) -> VLCacheECMetadata:
-        metadata = VLCacheECMetadata()
-        metadata.loads = [_job(item, loaded, job_id) for item, loaded, job_id in self._loads]
-        session = self._session
-        for key, item in session.wanted_embeddings.items():
-            entry = session.reserve(key, session.layout.embedding_nbytes(item.num_tokens), item.num_tokens)
-            if entry is not None:
-                metadata.saves.append(_job(item, entry, session.new_job(written=entry)))
-        self._loads = []
+    def build_connector_meta(self, runs_forward: bool) -> VLCacheECMetadata:
+        """Jobs of the step. Without a forward the workers never see them: loads wait, the encoder will run later."""
+        metadata, session = VLCacheECMetadata(), self._session
+        if runs_forward:
+            metadata.loads = [_job(item, loaded, job_id) for item, loaded, job_id in self._loads]
+            self._loads = []
+            for key, item in session.wanted_embeddings.items():
+                if session.index.holds(key):
+                    continue
+                entry = session.reserve(key, session.layout.embedding_nbytes(item.num_tokens), item.num_tokens)
+                if entry is not None:
+                    metadata.saves.append(_job(item, entry, session.new_job(written=entry)))
         session.wanted_embeddings.clear()
         return metadata
 

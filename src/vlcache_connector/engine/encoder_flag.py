@@ -3,7 +3,7 @@
 The scheduler creates the KV connector before it looks at `ec_transfer_config`; the worker creates its encoder connector
 long before the KV connector, so on that side it is created here. Both sides must agree, or the scheduler would promise
 embeddings that no worker can deliver: where the worker side cannot take part (vLLM's V2 model runner fixes its encoder
-connector when it is built), neither side is configured, and reuse needs `--ec-transfer-config` as well.
+connector when it is built), neither side is configured.
 """
 
 from typing import TYPE_CHECKING
@@ -21,12 +21,8 @@ MODULE = "vlcache_connector"
 def encoder_reason(vllm_config: "VllmConfig") -> str | None:
     """Why encoder outputs cannot be stored beside KV in this engine; None when they can."""
     config = vllm_config.ec_transfer_config
-    if config is None and vllm_config.use_v2_model_runner:
-        return (
-            "vLLM's V2 model runner needs --ec-transfer-config "
-            f'\'{{"ec_connector": "{CONNECTOR}", "ec_connector_module_path": "{MODULE}", "ec_role": "ec_both"}}\' '
-            "as well; or set VLLM_USE_V2_MODEL_RUNNER=0"
-        )
+    if vllm_config.use_v2_model_runner:
+        return "vLLM's V2 model runner was not verified; set VLLM_USE_V2_MODEL_RUNNER=0"
     if config is not None and config.ec_connector != CONNECTOR:
         return f"the encoder connector is {config.ec_connector}; remove --ec-transfer-config"
     return None

@@ -53,9 +53,9 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         require_supported_engine()
         super().__init__(vllm_config, role, kv_cache_config)
         options = Options.parse(self._kv_transfer_config.kv_connector_extra_config)
-        layout = entry_layout(vllm_config, kv_cache_config)
         self._instance = vllm_config.instance_id
         self._reason = engine_reason(vllm_config, kv_cache_config)
+        layout = entry_layout(vllm_config, kv_cache_config if self._reason is None else None)
         self._scheduler: VLCacheScheduler | None = None
         self._worker: VLCacheWorker | None = None
         # Answers that the worker side owes for steps it could not work on at all.
@@ -72,6 +72,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._start_scheduler(vllm_config, kv_cache_config, session)
         elif is_known_family:  # otherwise there is nothing to store, and no memory is taken
             worker_session = WORKERS.attach(self._instance, lambda: WorkerSession(options, layout))
+            worker_session.adopt(options, layout)
             self._counters = worker_session.counters
             self._start_worker(vllm_config, kv_cache_config, worker_session)
         if is_known_family:
@@ -82,7 +83,8 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         if self._reason is not None:
             logger.warning("VLCache reuses no KV in this engine: %s", self._reason)
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        groups = kv_cache_config.kv_cache_groups
+        block_size = groups[0].kv_cache_spec.block_size if groups else 1  # without any, nothing is ever planned
         self._scheduler = VLCacheScheduler(vllm_config, session, block_size, self._reason)
 
     def _start_worker(

@@ -15,6 +15,7 @@ from vlcache_connector.engine.live import find_model
 from vlcache_connector.engine.metadata import CompileJob, EmbeddingJob, JobResults, ReuseJob, SaveJob, VLCacheMetadata
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import WorkerSession
+from vlcache_connector.exec.batch import PassLimits
 from vlcache_connector.exec.model import LayerStack, Prompt
 from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.exec.recompute import Recompute, SequenceInput
@@ -38,6 +39,7 @@ class VLCacheWorker:
         self._session = session
         self._spec: Any = group.kv_cache_spec
         self._layer_names = tuple(group.layer_names)
+        assert session.slab.layout.num_layers == len(self._layer_names), "the slab has another layout than the pages"
         family = family_of(vllm_config.model_config.architectures)
         assert family is not None
         self._stack: LayerStack = family.attach(find_model(vllm_config, self._layer_names[0]))
@@ -53,8 +55,14 @@ class VLCacheWorker:
         self._pages = Pages(paged, self._spec.block_size, self._spec.num_kv_heads, self._spec.head_size)
         device = self._pages.device
         contexts = AttentionContexts(self._vllm_config, self._spec, self._layer_names, device)
-        max_tokens = self._vllm_config.scheduler_config.max_num_batched_tokens
-        self._recompute = Recompute(self._stack, contexts, self._spec.block_size, max_tokens, device)
+        limits = self._vllm_config.scheduler_config
+        self._recompute = Recompute(
+            self._stack,
+            contexts,
+            self._spec.block_size,
+            PassLimits(limits.max_num_batched_tokens, limits.max_num_seqs),
+            device,
+        )
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
@@ -76,8 +84,12 @@ class VLCacheWorker:
 
     def finish_step(self, metadata: VLCacheMetadata) -> None:
         """Saves of what the forward completed, and idle work."""
+        failed = {job.request_id for job in metadata.reuse if job.job_id in self._results.failed}
         for save in metadata.saves:
-            self._try("save", save.job_id, lambda save=save: self._save(save))
+            if save.request_id in failed:  # the forward computed this span on top of pages that were never filled
+                self._results.failed[save.job_id] = "the reuse before it failed"
+            else:
+                self._try("save", save.job_id, lambda save=save: self._save(save))
         for embedding in metadata.embeddings:
             self._try("save", embedding.job_id, lambda embedding=embedding: self._save_embedding(embedding))
         for job in metadata.compiles:

@@ -42,6 +42,7 @@ class SaveJob:
     """Copy one exactly computed span from the pages into the slab, after this step's forward."""
 
     job_id: int
+    request_id: str
     prompt: Prompt
     block_ids: tuple[int, ...]
     run: Run

@@ -50,7 +50,9 @@ class SavePlanner:
             return
         (block_ids,) = self._kv_cache_manager.get_block_ids(state.request.request_id)
         job_id = session.new_job(written=entry)
-        metadata.saves.append(SaveJob(job_id, state.prompt(span.end), tuple(block_ids), span.run, entry.extent))
+        request_id = state.request.request_id
+        save = SaveJob(job_id, request_id, state.prompt(span.end), tuple(block_ids), span.run, entry.extent)
+        metadata.saves.append(save)
         if not session.index.holds(span.embedding_key) and span.embedding_key not in session.wanted_embeddings:
             self._save_embedding(state, number, metadata)
 

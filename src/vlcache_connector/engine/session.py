@@ -129,10 +129,19 @@ class WorkerSession:
     """One worker's slab, and the engine's encoder cache once a hook has shown it."""
 
     def __init__(self, options: Options, layout: EntryLayout) -> None:
-        self.layout = layout
+        self._host_gib = options.host_gib
         self.slab = Slab(int(options.host_gib * _GIB), layout)
         self.encoder_cache: dict[str, torch.Tensor] = {}
         self.counters = Counters()
+
+    def adopt(self, options: Options, layout: EntryLayout) -> None:
+        """Take the KV connector's options and layout, which are the scheduler side's, before any job has run.
+
+        With an encoder connector of the user's own, that one was created first and knows no KV layout.
+        """
+        if layout != self.slab.layout or options.host_gib != self._host_gib:
+            self._host_gib = options.host_gib
+            self.slab = Slab(int(options.host_gib * _GIB), layout)
 
 
 def entry_layout(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | None") -> EntryLayout:
@@ -141,7 +150,7 @@ def entry_layout(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | No
     family = family_of(model.architectures)
     width = family.embedding_width(model.hf_config) if family is not None else 0
     layers, heads, dim, dtype = 0, 0, 0, model.dtype
-    if kv_cache_config is not None and len(kv_cache_config.kv_cache_groups) == 1:
+    if kv_cache_config is not None:
         group = kv_cache_config.kv_cache_groups[0]
         spec: Any = group.kv_cache_spec
         layers, heads, dim, dtype = len(group.layer_names), spec.num_kv_heads, spec.head_size, spec.dtype

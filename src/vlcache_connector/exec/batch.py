@@ -45,10 +45,18 @@ class VirtualBatch:
         return max(row.run.end for row in self.rows)
 
 
-def split_passes(rows: Iterable[Row], max_tokens: int) -> Iterator[tuple[Row, ...]]:
-    """Rows in order, cut into passes of at most `max_tokens` tokens; a long run continues in the next pass."""
+@dataclass(frozen=True, slots=True)
+class PassLimits:
+    """What the engine batches at most; attention backends size their buffers by it."""
+
+    max_tokens: int
+    max_rows: int
+
+
+def split_passes(rows: Iterable[Row], limits: PassLimits) -> Iterator[tuple[Row, ...]]:
+    """Rows in order, cut into passes within the limits; a long run continues in the next pass."""
     batch: list[Row] = []
-    room = max_tokens
+    room = limits.max_tokens
     for row in rows:
         start = row.run.start
         while start < row.run.end:
@@ -56,9 +64,9 @@ def split_passes(rows: Iterable[Row], max_tokens: int) -> Iterator[tuple[Row, ..
             batch.append(Row(row.request, Run(start, end)))
             room -= end - start
             start = end
-            if room == 0:
+            if room == 0 or len(batch) == limits.max_rows:
                 yield tuple(batch)
-                batch, room = [], max_tokens
+                batch, room = [], limits.max_tokens
     if batch:
         yield tuple(batch)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlcache_connector.exec.batch import Row, VirtualBatch, build_batch, split_passes
+from vlcache_connector.exec.batch import PassLimits, Row, VirtualBatch, build_batch, split_passes
 from vlcache_connector.exec.model import LayerStack
 from vlcache_connector.types import Run
 
@@ -33,19 +33,19 @@ class Recompute:
     """Runs recompute passes on one rank."""
 
     def __init__(
-        self, stack: LayerStack, context: AttentionContext, block_size: int, max_tokens: int, device: torch.device
+        self, stack: LayerStack, context: AttentionContext, block_size: int, limits: PassLimits, device: torch.device
     ) -> None:
         self._stack = stack
         self._context = context
         self._block_size = block_size
-        self._max_tokens = max_tokens
+        self._limits = limits
         self._device = device
 
     def run(self, sequences: Sequence[SequenceInput]) -> int:
         """Compute all runs of all sequences; returns the number of passes that took."""
         rows = [Row(i, run) for i, sequence in enumerate(sequences) for run in sequence.runs]
         num_passes = 0
-        for part in split_passes(rows, self._max_tokens):
+        for part in split_passes(rows, self._limits):
             self._run_pass(part, sequences)
             num_passes += 1
         return num_passes

@@ -51,22 +51,26 @@ class Slab:
     def kv(self, extent: Extent, num_tokens: int) -> torch.Tensor:
         """Keys and values, a view of shape [layers, 2, num_tokens, kv_heads, head_dim]."""
         layout = self.layout
-        raw = self._range(extent.offset, layout.kv_payload_nbytes(num_tokens))
+        raw = self._range(extent, 0, layout.kv_payload_nbytes(num_tokens))
         return raw.view(layout.kv_dtype).view(layout.num_layers, 2, num_tokens, layout.num_kv_heads, layout.head_dim)
 
     def positions(self, extent: Extent, num_tokens: int) -> torch.Tensor:
         """Rope positions under which the keys were computed, a view of shape [3, num_tokens], int32."""
-        start = extent.offset + _align(self.layout.kv_payload_nbytes(num_tokens))
-        raw = self._range(start, POSITION_CHANNELS * num_tokens * torch.int32.itemsize)
+        start = _align(self.layout.kv_payload_nbytes(num_tokens))
+        raw = self._range(extent, start, POSITION_CHANNELS * num_tokens * torch.int32.itemsize)
         return raw.view(torch.int32).view(POSITION_CHANNELS, num_tokens)
 
     def embedding(self, extent: Extent, num_tokens: int) -> torch.Tensor:
         """Encoder output, a view of shape [num_tokens, width]."""
-        raw = self._range(extent.offset, self.layout.embedding_nbytes(num_tokens))
+        raw = self._range(extent, 0, self.layout.embedding_nbytes(num_tokens))
         return raw.view(self.layout.embedding_dtype).view(num_tokens, self.layout.embedding_width)
 
-    def _range(self, offset: int, nbytes: int) -> torch.Tensor:
-        return self._bytes[offset : offset + nbytes]
+    def _range(self, extent: Extent, start: int, nbytes: int) -> torch.Tensor:
+        """Bytes [start, start + nbytes) of an extent. Raises `ValueError` rather than touch a neighbour's bytes."""
+        first, last = extent.offset + start, extent.offset + start + nbytes
+        if start + nbytes > extent.nbytes or last > len(self._bytes):
+            raise ValueError(f"{nbytes} bytes at {start} do not fit into {extent} of a {len(self._bytes)}-byte slab")
+        return self._bytes[first:last]
 
 
 def _align(nbytes: int) -> int:
