@@ -89,6 +89,7 @@ def test_one_uuid_that_looks_like_a_hash_never_serves_a_picture_of_another_size(
     report = fresh.call(_ask_with_uuid, Picture(45, 560, 560), uuid)
     assert report["reason"] == "miss" and report["reused_tokens"] == 0
     assert fresh.call(inside.count_encoder_runs) == 1
+    assert "failures:load_embedding" not in fresh.call(inside.counters), "the short entry was not even announced"
 
 
 def test_same_size_pictures_are_never_confused(fresh: Engine, bound: float) -> None:  # noqa: F811

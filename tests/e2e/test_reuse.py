@@ -45,6 +45,16 @@ def plain(engine: Engine, parts: Sequence[str | Picture]) -> Answer:
     return engine.ask_one(Ask(parts, "off"))
 
 
+def answers_alone(engine: Engine, asks: Sequence[Ask]) -> list[Answer]:
+    """Each request on its own, with empty caches before and after."""
+    answers = []
+    for ask in asks:
+        engine.forget()
+        answers.append(engine.ask_one(ask))
+    engine.forget()
+    return answers
+
+
 def noise_of(engine: Engine) -> float:
     gaps = []
     for length in range(32):  # each way in which a prompt can stand to the block borders
@@ -120,13 +130,8 @@ def test_requests_of_one_step_do_not_disturb_each_other(fresh: Engine, bound: fl
     show_pictures(fresh)
     asks = [Ask(SCENES[name], ratio=ratio, max_tokens=4) for name in SCENES for ratio in (0.05, 1.0)][:7]
     asks.append(Ask([OPEN, LONG, CLOSE], max_tokens=4))
-    alone = []
-    for ask in asks:
-        fresh.forget()
-        alone.append(fresh.ask_one(ask))
-    fresh.forget()
-    together = fresh.ask(*asks)
-    for one, other, ask in zip(alone, together, asks, strict=True):
+    alone = answers_alone(fresh, asks)
+    for one, other, ask in zip(alone, fresh.ask(*asks), asks, strict=True):
         assert one.gap(other) <= bound, ask
         assert one.token_ids[0] == other.token_ids[0] or abs(_margin(one)) <= bound
 

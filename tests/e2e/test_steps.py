@@ -2,7 +2,7 @@
 
 from e2e import inside
 from e2e.engine import Ask, Engine
-from e2e.test_reuse import CLOSE, LONG, OPEN, SCENES, A, B, bound, plain, show_pictures  # noqa: F401
+from e2e.test_reuse import CLOSE, LONG, OPEN, SCENES, A, B, answers_alone, bound, plain, show_pictures  # noqa: F401
 
 
 def test_a_prefix_that_is_computed_in_this_very_step_is_not_built_upon(fresh: Engine, bound: float) -> None:  # noqa: F811
@@ -26,13 +26,8 @@ def test_a_prefix_that_is_computed_in_this_very_step_is_not_built_upon(fresh: En
 def test_a_reuse_request_waits_for_another_that_loads_the_same_prefix(fresh: Engine, bound: float) -> None:  # noqa: F811
     show_pictures(fresh)
     asks = [Ask([OPEN, LONG, A, "then", B, question, CLOSE], ratio=0.05) for question in ("same?", "which?")]
-    alone = []
-    for ask in asks:
-        fresh.forget()
-        alone.append(fresh.ask_one(ask))
-    fresh.forget()
-    together = fresh.ask(*asks)
-    for one, other in zip(alone, together, strict=True):
+    alone = answers_alone(fresh, asks)
+    for one, other in zip(alone, fresh.ask(*asks), strict=True):
         assert one.gap(other) <= bound
 
 
@@ -64,11 +59,7 @@ def test_requests_that_decode_go_on_beside_reuse(fresh: Engine, bound: float) ->
         (3, Ask([OPEN, "late ", B, A, "which?", CLOSE], ratio=0.05, max_tokens=6)),
         (3, Ask([OPEN, LONG, A, "and?", CLOSE], ratio=1.0, max_tokens=6)),
     ]
-    alone = []
-    for _, ask in asks:
-        fresh.forget()
-        alone.append(fresh.ask_one(ask))
-    fresh.forget()
+    alone = answers_alone(fresh, [ask for _, ask in asks])
     for one, other in zip(alone, fresh.call(inside.drive, asks), strict=True):
         assert one.gap(other) <= bound
         assert one.token_ids == other.token_ids

@@ -159,5 +159,6 @@ def entry_layout(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | No
 
 def require_family(vllm_config: "VllmConfig") -> None:
     """Raise `UnsupportedModelError` when the encoder output of this model has an unknown shape."""
-    if family_of(vllm_config.model_config.architectures) is None:
-        raise UnsupportedModelError(f"no adapter for {vllm_config.model_config.architectures}")
+    architectures = vllm_config.model_config.architectures
+    if family_of(architectures) is None:
+        raise UnsupportedModelError(f"no adapter for {architectures}; start without VLCacheECConnector")
