@@ -1,10 +1,10 @@
 # Every target that needs Python sets its environment up first: .ci/setup.sh does that, then runs Python with its arguments.
 PYTHON := .ci/setup.sh
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check cuda sanitize bench bench-ops gpu clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
 
 setup: ## make the Python environment (.venv, or see .ci/setup.sh), nothing else
 	@$(PYTHON)
@@ -15,14 +15,28 @@ demo: ## serve a model, send it pictures in changing prompts, report what was re
 test: ## run all tests
 	@$(PYTHON) -m pytest -q
 
-check: ## look at format, lint, types and the direction of imports
+check: ## look at format, lint, types and the direction of imports; then cuda and sanitize
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -q tests/test_arrows.py
+	@$(PYTHON) .ci/compile_cuda.py
+	@$(PYTHON) .ci/sanitize.py
+
+cuda: ## compile the CUDA library for all architectures (no GPU needed), look for spilled registers
+	@$(PYTHON) .ci/compile_cuda.py
+
+sanitize: ## run the tests of the operations under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(PYTHON) .ci/sanitize.py
 
 bench: ## measure time to first token with and without reuse
 	@$(PYTHON) tests/bench/bench_ttft.py
+
+bench-ops: ## measure the operations on the CPU, beside memcpy and the engine's attention
+	@$(PYTHON) tests/bench/bench_ops.py
+
+gpu: ## test and measure the operations on this machine's GPU, with its python3 as it is
+	@.ci/gpu.sh
 
 clean: ## delete what was built, measured and cached (not .venv)
 	rm -rf build dist out .checkpoints .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -104,8 +104,9 @@ else
 fi
 need python3-dev has_headers
 step tools "installing development tools" "$(cat .ci/dev-tools.txt)" install -r .ci/dev-tools.txt
+[ -e src/vlcache_connector/_cpu.so ] || rm -f .venv/.done-package-* # make clean deletes it
 step package "building and installing this package" \
-  "$(find pyproject.toml setup.py csrc -type f -exec sha256sum {} + 2>/dev/null | sort)" \
+  "$(find pyproject.toml setup.py csrc -type f -not -name '*.pyc' -exec sha256sum {} + | sort)" \
   install --no-deps --no-build-isolation --editable .
 
 if [ $# = 0 ]; then

@@ -25,12 +25,15 @@ ARROWS: dict[str, set[str]] = {
     "config": _GROUND | {"policy"},
     "plan": _GROUND | {"policy", "config"},
     "store": _GROUND | {"policy", "config"},
-    "exec": _GROUND | {"policy", "config"},
+    "kernels": set(),
+    "exec": _GROUND | {"policy", "config", "kernels"},
     "engine": _GROUND | {"policy", "config", "plan", "store", "exec", "__init__"},
     "__init__": {"engine"},  # by name, on first use
+    "environment": {"errors", "kernels", "engine"},
+    "cli": {"environment"},
 }
 MAY_IMPORT_VLLM = {"engine"}
-MAY_IMPORT_TORCH = {"engine", "exec", "store/slab.py"}
+MAY_IMPORT_TORCH = {"engine", "exec", "kernels", "environment", "store/slab.py"}
 # Modules that write or read pickles. `torch.save` and `torch.load` do as well: see `calls_of`.
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 PICKLING_CALLS = {"torch.save", "torch.load"}

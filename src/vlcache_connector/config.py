@@ -10,6 +10,8 @@ from vlcache_connector.errors import OptionError
 from vlcache_connector.policy import POLICIES
 from vlcache_connector.types import Mode
 
+ATTENTION = ("engine", "vlcache", "xformers")
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -23,6 +25,9 @@ class Options:
     """GiB of host memory for entries, in each worker process."""
     min_reuse_tokens: int = 64
     """Smallest number of tokens of known media, reused or recomputed, for which a request is worth touching."""
+    attention: str = "engine"
+    """Attention of recompute passes: "engine" for its own, best for runs of tokens; "vlcache" for scattered tokens;
+    "xformers" where that package runs."""
     trust_client_uuids: bool = False
     """Accept identifiers of media that vLLM did not make by hashing their content. Only for clients that never give two
     different images the same UUID."""
@@ -32,6 +37,7 @@ class Options:
         _check("recompute_ratio", self.recompute_ratio, _is_ratio, "a number from 0 to 1")
         _check("host_gib", self.host_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
         _check("min_reuse_tokens", self.min_reuse_tokens, lambda v: type(v) is int and v >= 1, "a whole number from 1")
+        _check("attention", self.attention, lambda v: v in ATTENTION, f"one of {list(ATTENTION)}")
         _check("trust_client_uuids", self.trust_client_uuids, lambda v: isinstance(v, bool), "true or false")
 
     @classmethod

@@ -11,6 +11,8 @@ from e2e.engine import Answer, Ask, answer_of, request_of
 from vlcache_connector.engine.kv_worker import VLCacheWorker
 from vlcache_connector.engine.metadata import ReuseJob
 from vlcache_connector.engine.session import SCHEDULERS
+from vlcache_connector.exec.transfer import save_run
+from vlcache_connector.types import Run
 
 _undo: list[Callable[[], None]] = []
 
@@ -221,7 +223,9 @@ def pages_of(side: VLCacheWorker, job: ReuseJob) -> torch.Tensor:
     pages = side._pages
     assert pages is not None
     end = max(run.end for run in (*job.recomputed, *(run for span in job.spans for run in span.reused)))
-    return torch.stack([pages.read(layer, job.block_ids, 0, end) for layer in range(len(pages.layers))])
+    found = torch.empty(len(pages.caches), 2, end, *pages.row_shape, dtype=pages.dtype)
+    save_run(pages, found, Run(0, end), job.block_ids)
+    return found
 
 
 def last_job(llm: Any) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from exec.paged_rows import read, write
 from vlcache_connector.exec.pages import PagedLayer, Pages
+from vlcache_connector.types import Run
 
 HEADS, DIM, NUM_BLOCKS = 2, 64, 6
 BLOCK_IDS = [4, 1, 5, 0]
@@ -69,8 +71,8 @@ def test_what_is_written_through_the_engines_update_is_read_back_bit_for_bit(
     pages = Pages([paged_layer(cpu_attn, cache_of(block_size, dtype), isa)], block_size, HEADS, DIM)
     for start, end in ranges_of(block_size):
         rows = random_rows(end - start, dtype)
-        pages.write(0, rows[0], rows[1], pages.slots(BLOCK_IDS, torch.arange(start, end)))
-        assert torch.equal(pages.read(0, BLOCK_IDS, start, end), rows), (start, end)
+        write(pages, BLOCK_IDS, rows, start)
+        assert torch.equal(read(pages, BLOCK_IDS, start, end), rows), (start, end)
 
 
 @every_kernel
@@ -82,12 +84,12 @@ def test_no_other_element_changes(cpu_attn: Any, isa: str, block_size: int, dtyp
     for start, end in ranges_of(block_size):
         cache.fill_(torch.nan)
         rows = random_rows(end - start, dtype)
-        slots = pages.slots(BLOCK_IDS, torch.arange(start, end))
-        pages.write(0, rows[0], rows[1], slots)
+        write(pages, BLOCK_IDS, rows, start)
         is_number = ~cache.isnan()
         assert int(is_number.sum()) == rows.numel()
         blocks = is_number.flatten(1).any(dim=1).nonzero().flatten().tolist()
-        assert blocks == sorted({slot // block_size for slot in slots.tolist()})
+        slots = pages.slots(BLOCK_IDS, [Run(start, end)], start, end - start).tolist()
+        assert blocks == sorted({slot // block_size for slot in slots})
 
 
 @every_kernel
@@ -96,4 +98,4 @@ def test_a_read_of_the_whole_cache_holds_every_element_of_it_once(cpu_attn: Any,
     count = HEADS * block_size * 2 * DIM
     cache = torch.arange(count, dtype=torch.float32).view(1, HEADS, block_size, 2 * DIM)
     pages = Pages([paged_layer(cpu_attn, cache, isa)], block_size, HEADS, DIM)
-    assert torch.equal(pages.read(0, [0], 0, block_size).flatten().sort().values, cache.flatten())
+    assert torch.equal(read(pages, [0], 0, block_size).flatten().sort().values, cache.flatten())

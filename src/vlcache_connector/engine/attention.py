@@ -1,14 +1,19 @@
-"""Lets the engine's attention layers see a virtual batch: the metadata that the model runner would build for it."""
+"""Lets the engine's attention layers see a virtual batch: the metadata that the model runner would build for it, or an
+attention of our own in place of the engine's.
+"""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vlcache_connector.errors import OptionError
+from vlcache_connector.exec.attention import PASS_ATTENTION, PassAttention
 from vlcache_connector.exec.batch import VirtualBatch
+from vlcache_connector.exec.pages import Pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -17,22 +22,49 @@ if TYPE_CHECKING:
 
 class AttentionContexts:
     """Opens forward contexts for recompute passes. Works with every backend that does paged prefill of varied
-    lengths.
+    lengths. Raises `OptionError` when `attention`, a value of the option of that name, cannot serve this engine.
     """
 
     def __init__(
-        self, vllm_config: "VllmConfig", spec: "KVCacheSpec", layer_names: Sequence[str], device: torch.device
+        self,
+        vllm_config: "VllmConfig",
+        spec: "KVCacheSpec",
+        layer_names: Sequence[str],
+        pages: Pages,
+        attention: str = "engine",
     ) -> None:
         self._vllm_config = vllm_config
         self._layer_names = tuple(layer_names)
-        self._device = device
-        first: Any = vllm_config.compilation_config.static_forward_context[self._layer_names[0]]
-        builder_class = first.get_attn_backend().get_builder_cls()
-        self._builder = builder_class(spec, list(self._layer_names), vllm_config, device)
+        self._device = pages.device
+        layers = vllm_config.compilation_config.static_forward_context
+        self._layers: list[Any] = [layers[name] for name in self._layer_names]
+        builder_class = self._layers[0].get_attn_backend().get_builder_cls()
+        self._builder = builder_class(spec, list(self._layer_names), vllm_config, pages.device)
+        self._replacement: PassAttention | None = None
+        if attention != "engine":
+            _require_plain_attention(self._layers[0], attention)
+            self._replacement = PASS_ATTENTION[attention](pages)
 
     @contextmanager
     def __call__(self, batch: VirtualBatch) -> Iterator[None]:
         """The context of one pass. Layers run eagerly in it, also when the engine compiles its model."""
+        metadata = self._engine_metadata(batch) if self._replacement is None else batch
+        with ExitStack() as opened:
+            opened.enter_context(
+                set_forward_context(
+                    dict.fromkeys(self._layer_names, metadata),
+                    self._vllm_config,
+                    num_tokens=batch.num_tokens,
+                    slot_mapping=dict.fromkeys(self._layer_names, batch.slots),
+                    skip_compiled=True,
+                )
+            )
+            if self._replacement is not None:
+                for layer in self._layers:
+                    opened.enter_context(_replaced(layer, self._replacement))
+            yield
+
+    def _engine_metadata(self, batch: VirtualBatch) -> Any:
         start = batch.query_start_loc.to(self._device)
         common = CommonAttentionMetadata(
             query_start_loc=start,
@@ -47,12 +79,57 @@ class AttentionContexts:
             slot_mapping=batch.slots,
             causal=True,
         )
-        metadata = self._builder.build(0, common)
-        with set_forward_context(
-            dict.fromkeys(self._layer_names, metadata),
-            self._vllm_config,
-            num_tokens=batch.num_tokens,
-            slot_mapping=dict.fromkeys(self._layer_names, batch.slots),
-            skip_compiled=True,
-        ):
-            yield
+        return self._builder.build(0, common)
+
+
+class _ReplacedImpl:
+    """Stands in for an attention layer's implementation: the engine's KV update, our attention."""
+
+    def __init__(self, engine: Any, attend: PassAttention) -> None:
+        self._engine = engine
+        self._attend = attend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: VirtualBatch,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        num_tokens = attn_metadata.num_tokens
+        soft_cap = self._engine.logits_soft_cap or 0.0
+        scale = self._engine.scale
+        self._attend(query[:num_tokens], kv_cache, attn_metadata, scale, soft_cap, output[:num_tokens])
+        return output
+
+
+@contextmanager
+def _replaced(layer: Any, attend: PassAttention) -> Iterator[None]:
+    engine = layer.impl
+    layer.impl = _ReplacedImpl(engine, attend)
+    try:
+        yield
+    finally:
+        layer.impl = engine
+
+
+def _require_plain_attention(layer: Any, attention: str) -> None:
+    """The replacements know scaled dot products with a causal mask and a soft cap, nothing else."""
+    impl = layer.impl
+    unknown = {
+        "updates the KV cache inside attention": layer.get_attn_backend().forward_includes_kv_cache_update,
+        "uses ALiBi": impl.alibi_slopes is not None,
+        "uses attention sinks": getattr(impl, "sinks", None) is not None,
+        "quantises queries": layer.query_quant is not None,
+    }
+    for what, applies in unknown.items():
+        if applies:
+            raise OptionError(f"option 'attention' is {attention!r}, but this engine {what}; choose 'engine'")

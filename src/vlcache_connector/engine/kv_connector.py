@@ -27,7 +27,7 @@ from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import SCHEDULERS, WORKERS, SchedulerSession, WorkerSession, entry_layout
 from vlcache_connector.engine.stats import VLCachePromMetrics, VLCacheStats
 from vlcache_connector.engine.support import engine_reason, warn_of_embedding_inputs
-from vlcache_connector.errors import VLCacheError
+from vlcache_connector.errors import OptionError, VLCacheError
 from vlcache_connector.metrics import Counters
 
 if TYPE_CHECKING:
@@ -179,6 +179,8 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             return
         try:
             self._worker.register_pages(kv_caches)
+        except OptionError:  # the user asked for what this engine cannot do: say so now, not in every request
+            raise
         except Exception as error:
             self._worker, self._reason = None, f"the pages of this engine cannot be used: {error}"
             logger.exception("VLCache reuses no KV in this engine: its pages cannot be used")

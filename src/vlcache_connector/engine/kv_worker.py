@@ -54,7 +54,9 @@ class VLCacheWorker:
         paged = [_paged_layer(name, kv_caches[name], layers[name]) for name in self._layer_names]
         self._pages = Pages(paged, self._spec.block_size, self._spec.num_kv_heads, self._spec.head_size)
         device = self._pages.device
-        contexts = AttentionContexts(self._vllm_config, self._spec, self._layer_names, device)
+        contexts = AttentionContexts(
+            self._vllm_config, self._spec, self._layer_names, self._pages, self._session.options.attention
+        )
         limits = self._vllm_config.scheduler_config
         self._recompute = Recompute(
             self._stack,

@@ -129,7 +129,7 @@ class WorkerSession:
     """One worker's slab, and the engine's encoder cache once a hook has shown it."""
 
     def __init__(self, options: Options, layout: EntryLayout) -> None:
-        self._host_gib = options.host_gib
+        self.options = options
         self.slab = Slab(int(options.host_gib * _GIB), layout)
         self.encoder_cache: dict[str, torch.Tensor] = {}
         self.counters = Counters()
@@ -139,9 +139,9 @@ class WorkerSession:
 
         With an encoder connector of the user's own, that one was created first and knows no KV layout.
         """
-        if layout != self.slab.layout or options.host_gib != self._host_gib:
-            self._host_gib = options.host_gib
+        if layout != self.slab.layout or options.host_gib != self.options.host_gib:
             self.slab = Slab(int(options.host_gib * _GIB), layout)
+        self.options = options
 
 
 def entry_layout(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | None") -> EntryLayout:

@@ -1,14 +1,16 @@
-"""Reading and writing tokens in the engine's paged KV cache.
+"""The engine's paged KV cache as the native operations see it: tensors, and the order of elements inside a block.
 
-Writing goes through the attention layer's own cache update, which is right for every backend. Reading has no such
-function, so the order of elements inside a block is learnt once: index-coded keys and values are written into a scratch
-block through that same update, and where each code landed is the map from logical to physical elements.
+No backend tells that order, so it is learnt once: index-coded keys and values are written into a scratch block through
+the attention layer's own cache update, and where each code landed is the map from logical to physical elements.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from vlcache_connector.kernels.ops import PageLayout
+from vlcache_connector.types import Run
 
 CacheUpdate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(keys [n, heads, dim], values [n, heads, dim], cache, slots [n]) -> None"""
@@ -24,77 +26,72 @@ class PagedLayer:
 
 
 class Pages:
-    """The pages of all layers of one rank; a slot is `block_id * block_size + offset`."""
+    """The pages of all layers of one rank; a slot is `block_id * block_size + offset`.
+
+    Raises `RuntimeError` when the layers differ in layout, or when their cache update does not store every element.
+    """
 
     def __init__(self, layers: Sequence[PagedLayer], block_size: int, num_kv_heads: int, head_dim: int) -> None:
-        self.layers = tuple(layers)
+        first = layers[0].cache
+        for layer in layers:
+            cache = layer.cache
+            if (cache.shape, cache.stride(), cache.dtype) != (first.shape, first.stride(), first.dtype):
+                raise RuntimeError(f"layer {layer.name}: its pages differ from those of layer {layers[0].name}")
+        self.caches = tuple(layer.cache for layer in layers)
         self.block_size = block_size
-        self._shape = (2, block_size, num_kv_heads, head_dim)
-        self.device = self.layers[0].cache.device
-        self.dtype = self.layers[0].cache.dtype
-        self._order = self._learn_order(self.layers[0])
+        self.row_shape = (num_kv_heads, head_dim)
+        self.device = first.device
+        self.dtype = first.dtype
+        self.layout = _page_layout(block_size, _learn_order(layers[0], (2, block_size, num_kv_heads, head_dim)))
 
-    def slots(self, block_ids: Sequence[int], positions: torch.Tensor) -> torch.Tensor:
-        """Slots [n] of the tokens at `positions` [n] of a request with these blocks; int64, on the pages' device."""
+    def slots(self, block_ids: Sequence[int], runs: Sequence[Run], offset: int, count: int) -> torch.Tensor:
+        """Slots of `count` tokens of a request from position `offset` on: int64, on the pages' device; -1 outside
+        `runs`.
+        """
         blocks = torch.tensor(block_ids, dtype=torch.int64)
-        slots = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+        slots = torch.full((count,), -1, dtype=torch.int64)
+        for run in runs:
+            positions = torch.arange(run.start, run.end)
+            found = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+            slots[run.start - offset : run.end - offset] = found
         return slots.to(self.device)
 
-    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write rows [n, heads, dim] of one layer to `slots` [n]."""
-        paged = self.layers[layer]
-        paged.update(keys.contiguous(), values.contiguous(), paged.cache, slots)
 
-    def read(self, layer: int, block_ids: Sequence[int], start: int, end: int) -> torch.Tensor:
-        """Keys and values of tokens [start, end) of a request: a new tensor [2, end - start, heads, dim]."""
-        first, last = start // self.block_size, (end - 1) // self.block_size
-        wanted = torch.tensor(block_ids[first : last + 1], dtype=torch.int64, device=self.device)
-        blocks = self.layers[layer].cache[wanted].reshape(len(wanted), -1)
-        logical = self._order.gather(blocks).view(len(wanted), *self._shape)
-        rows = logical.transpose(0, 1).reshape(2, -1, *self._shape[2:])
-        skipped = first * self.block_size
-        return rows[:, start - skipped : end - skipped]
+def _learn_order(paged: PagedLayer, shape: tuple[int, int, int, int]) -> torch.Tensor:
+    """Physical offset of each logical element (K or V, token, head, dim) of a block, int64 of that shape.
 
-    def _learn_order(self, paged: PagedLayer) -> "_BlockOrder":
-        """Write each element's own index, one base-256 digit at a time (exact in every cache dtype)."""
-        count = 2 * self.block_size * self._shape[2] * self._shape[3]
-        index = torch.arange(count, device=self.device).view(self._shape)
-        slots = torch.arange(self.block_size, device=self.device)
-        seen = torch.zeros(count, dtype=torch.int64, device=self.device)
-        for shift in (0, 8, 16):
-            digit = ((index >> shift) & 255).to(self.dtype)
-            scratch = torch.zeros_like(paged.cache[:1])
-            paged.update(digit[0].contiguous(), digit[1].contiguous(), scratch, slots)
-            seen += scratch.reshape(-1).to(torch.int64) << shift
-        if not torch.equal(seen.sort().values, index.flatten()):
-            raise RuntimeError(
-                f"layer {paged.name}: the pages do not hold every element once; this KV layout is unknown"
-            )
-        physical = torch.empty_like(seen)
-        physical[seen] = index.flatten()
-        return _BlockOrder(physical.view(self._shape))
+    Each element's number is written one base-256 digit at a time, which is exact in every unscaled cache dtype.
+    """
+    block = paged.cache[:1]
+    count = 2 * shape[1] * shape[2] * shape[3]
+    number = torch.arange(count, device=block.device).view(shape)
+    slots = torch.arange(shape[1], device=block.device)
+    seen = torch.zeros(block.numel(), dtype=torch.int64, device=block.device)
+    for shift in (0, 8, 16):
+        digit = ((number >> shift) & 255).to(block.dtype)
+        scratch = torch.zeros_like(block)
+        paged.update(digit[0].contiguous(), digit[1].contiguous(), scratch, slots)
+        seen += scratch.reshape(-1).to(torch.int64) << shift
+    if not torch.equal(seen.sort().values, number.flatten()):
+        raise RuntimeError(f"layer {paged.name}: the pages do not hold every element once; this KV layout is unknown")
+    offset = torch.zeros(block.shape, dtype=torch.int64, device=block.device)
+    for axis, (size, stride) in enumerate(zip(block.shape, block.stride(), strict=True)):
+        along = [-1 if i == axis else 1 for i in range(block.dim())]
+        offset += (torch.arange(size, device=block.device) * stride).view(along)
+    physical = torch.empty_like(seen)
+    physical[seen] = offset.flatten()
+    return physical.view(shape)
 
 
-class _BlockOrder:
-    """Where the logical element (k or v, token, head, dim) of a block lies in the block's memory."""
-
-    def __init__(self, physical: torch.Tensor) -> None:
-        self._flat = physical.flatten()
-        # Unpacked layouts are affine: a strided view reads them at memory speed. Packed ones need the index table.
-        origin = int(self._flat[0])
-        ones = [tuple(int(i == axis) for i in range(4)) for axis in range(4)]
-        self._strides = [int(physical[one]) - origin if physical.shape[a] > 1 else 0 for a, one in enumerate(ones)]
-        grid = torch.zeros_like(physical) + origin
-        for axis, (size, stride) in enumerate(zip(physical.shape, self._strides, strict=True)):
-            shape = [1] * 4
-            shape[axis] = size
-            grid += (torch.arange(size, device=physical.device) * stride).view(shape)
-        self._origin = origin
-        self._shape = tuple(physical.shape)
-        self.is_affine = bool(torch.equal(grid, physical)) and min(self._strides) >= 0
-
-    def gather(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Logical elements of `blocks` [n, elements]: shape [n, 2, block_size, heads, dim] (a view where affine)."""
-        if self.is_affine:
-            return blocks.as_strided((len(blocks), *self._shape), (blocks.stride(0), *self._strides), self._origin)
-        return blocks.index_select(1, self._flat).view(len(blocks), *self._shape)
+def _page_layout(block_size: int, order: torch.Tensor) -> PageLayout:
+    """Strides where the order is affine, as all unpacked layouts are; the index table otherwise."""
+    physical = order.cpu()
+    origin = int(physical.flatten()[0])
+    ones = [tuple(int(i == axis) for i in range(4)) for axis in range(4)]
+    strides = [int(physical[one]) - origin if physical.shape[a] > 1 else 0 for a, one in enumerate(ones)]
+    grid = torch.full_like(physical, origin)
+    for axis, (size, stride) in enumerate(zip(physical.shape, strides, strict=True)):
+        grid += (torch.arange(size) * stride).view([-1 if i == axis else 1 for i in range(4)])
+    if min(strides) >= 0 and torch.equal(grid, physical):
+        return PageLayout(block_size, (origin, strides[0], strides[1], strides[2], strides[3]))
+    return PageLayout(block_size, (), physical.flatten().to(order.device, torch.int32))

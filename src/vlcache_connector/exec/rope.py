@@ -25,21 +25,11 @@ class Rope:
     def rotary_dim(self) -> int:
         return 2 * self.inv_freq.numel()
 
-    def rotate(self, keys: torch.Tensor, delta: int) -> torch.Tensor:
-        """Keys of shape [..., head_dim] moved by `delta` positions: rotated in fp32, rounded once to their dtype.
-
-        A delta of 0 returns the argument itself, bit for bit. Dimensions past `rotary_dim` are copied.
-        """
-        if delta == 0:
-            return keys
+    def turns(self, delta: int, device: torch.device) -> torch.Tensor:
+        """Cosines and sines [2, rotary_dim / 2], fp32, of the angles that move keys by `delta` positions."""
         # Angles in fp64: delta * inv_freq can be many turns, and fp32 would lose the fraction that matters.
-        angle = (self.inv_freq.double() * delta).to(keys.device)
-        cos, sin = angle.cos().float(), angle.sin().float()
-        rotary, rest = keys[..., : self.rotary_dim].float(), keys[..., self.rotary_dim :]
-        x, y = rotary.chunk(2, dim=-1) if self.is_neox else (rotary[..., 0::2], rotary[..., 1::2])
-        a, b = x * cos - y * sin, y * cos + x * sin
-        turned = torch.cat((a, b), dim=-1) if self.is_neox else torch.stack((a, b), dim=-1).flatten(-2)
-        return torch.cat((turned.to(keys.dtype), rest), dim=-1)
+        angle = self.inv_freq.double().cpu() * delta
+        return torch.stack((angle.cos(), angle.sin())).float().to(device)
 
 
 def position_delta(stored: torch.Tensor, wanted: torch.Tensor) -> int:

@@ -1,12 +1,16 @@
 """Moves the tokens of entries between the host slab and the engine's pages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from vlcache_connector.exec.pages import Pages
 from vlcache_connector.exec.rope import Rope
+from vlcache_connector.kernels.ops import load_rows, save_rows
 from vlcache_connector.types import Run
+
+_STAGED_NBYTES = 64 << 20
+"""Device memory for staging, where pages are not in host memory; large enough that a copy runs at full speed."""
 
 
 def load_runs(
@@ -29,21 +33,32 @@ def load_runs(
     Returns:
         Bytes moved.
     """
-    nbytes = 0
-    for run in runs:
-        slots = pages.slots(block_ids, torch.arange(run.start, run.end))
-        rows = entry[:, :, run.start - offset : run.end - offset]
-        for layer in range(len(entry)):
-            keys, values = rows[layer].to(pages.device)
-            pages.write(layer, rope.rotate(keys, delta), values, slots)
-        nbytes += rows.numel() * rows.element_size()
-    return nbytes
+    slots = pages.slots(block_ids, runs, offset, entry.shape[2])
+    turns = rope.turns(delta, pages.device) if delta else None
+    for layers in _staged(entry, pages.device):
+        staged = entry[layers].to(pages.device, non_blocking=True)
+        load_rows(staged, pages.caches[layers], slots, pages.layout, turns=turns, is_neox=rope.is_neox)
+    return entry[:, :, 0].numel() * entry.element_size() * sum(len(run) for run in runs)
 
 
 def save_run(pages: Pages, entry: torch.Tensor, run: Run, block_ids: Sequence[int]) -> int:
     """Copy tokens `run` of a request from its pages into `entry` [layers, 2, tokens, heads, dim]; returns bytes
     moved.
     """
-    for layer in range(len(entry)):
-        entry[layer].copy_(pages.read(layer, block_ids, run.start, run.end))
+    slots = pages.slots(block_ids, [run], run.start, len(run))
+    for layers in _staged(entry, pages.device):
+        if entry.device == pages.device:
+            save_rows(entry[layers], pages.caches[layers], slots, pages.layout)
+        else:
+            staged = torch.empty(entry[layers].shape, dtype=entry.dtype, device=pages.device)
+            save_rows(staged, pages.caches[layers], slots, pages.layout)
+            entry[layers].copy_(staged)
     return entry.numel() * entry.element_size()
+
+
+def _staged(entry: torch.Tensor, device: torch.device) -> Iterator[slice]:
+    """Layers to move at a time: all where the entry is used in place."""
+    layer_nbytes = max(1, entry[0].numel() * entry.element_size())
+    step = len(entry) if entry.device == device else max(1, _STAGED_NBYTES // layer_nbytes)
+    for first in range(0, len(entry), step):
+        yield slice(first, first + step)

@@ -1,0 +1,83 @@
+// How a call of load_rows or save_rows is cut into thread blocks. Plain C++: decided on the host, tested without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "numeric.h"
+
+namespace vlcache {
+namespace cuda {
+
+struct RowsPlan {
+  static constexpr int kThreads = 256;
+  static constexpr int kUnroll = 4;  // rows that a thread has under way
+
+  bool vectors;  // 16-byte accesses; false: one element at a time, and of the rest only `blocks` counts
+  bool is_neox;
+  int itemsize;
+  int pieces;         // 16-byte pieces of a row
+  int rotary_pieces;  // of those, the ones that are turned, of keys
+  uint32_t units;     // threads per row: two pieces each
+  uint32_t rows;      // of K or of V of one layer
+  uint32_t rows_per_pass, groups;
+  int64_t blocks;
+};
+
+inline bool are_multiples(int64_t divisor, std::initializer_list<int64_t> values) {
+  for (int64_t value : values) {
+    if (value % divisor != 0) return false;
+  }
+  return true;
+}
+
+// Whether every piece of every row starts at a multiple of 16 bytes, and nothing needs converting.
+inline bool rows_allow_vectors(const RowsParams& params, int64_t itemsize) {
+  const PageLayout& pages = params.pages;
+  if (params.entry_type != params.cache_type || pages.order != nullptr) return false;
+  if (pages.dim > 1 && pages.dim_stride != 1) return false;
+  if (!are_multiples(16, {pages.dim * itemsize, pages.origin * itemsize, pages.block_stride * itemsize,
+                          pages.kv_stride * itemsize, pages.token_stride * itemsize, pages.head_stride * itemsize,
+                          params.entry_layer_stride * itemsize, params.entry_kv_stride * itemsize,
+                          params.entry_token_stride * itemsize, params.entry_head_stride * itemsize,
+                          int64_t(reinterpret_cast<uintptr_t>(params.entry))})) {
+    return false;
+  }
+  for (int64_t layer = 0; layer < params.layers; ++layer) {
+    if (reinterpret_cast<uintptr_t>(params.caches[layer]) % 16 != 0) return false;
+  }
+  if (params.turns != nullptr) {
+    if (itemsize == 1) return false;
+    if ((params.is_neox ? 1 : 2) * params.half_rotary * itemsize % 16 != 0) return false;
+  }
+  constexpr int64_t k31Bits = int64_t(1) << 31;
+  return params.tokens * pages.heads < k31Bits && params.num_blocks * pages.block_size < k31Bits &&
+         pages.dim * itemsize <= 32 * RowsPlan::kThreads;
+}
+
+// Needs at least one layer, token, head and dimension.
+inline RowsPlan plan_rows(const RowsParams& params) {
+  RowsPlan plan{};
+  const int64_t rows = params.tokens * params.pages.heads;
+  plan.itemsize = int(nbytes_of(params.cache_type));
+  plan.vectors = rows_allow_vectors(params, plan.itemsize);
+  if (!plan.vectors) {
+    constexpr int64_t kWarps = RowsPlan::kThreads / 32, kMostBlocks = 1 << 16;
+    const int64_t blocks = (params.layers * 2 * rows + kWarps - 1) / kWarps;
+    plan.blocks = blocks < kMostBlocks ? blocks : kMostBlocks;
+    return plan;
+  }
+  plan.is_neox = params.is_neox;
+  plan.pieces = int(params.pages.dim * plan.itemsize / 16);
+  plan.rotary_pieces = params.turns == nullptr ? 0 : int(2 * params.half_rotary * plan.itemsize / 16);
+  plan.units = uint32_t(plan.pieces + 1) / 2;
+  plan.rows = uint32_t(rows);
+  plan.rows_per_pass = RowsPlan::kThreads / plan.units;
+  const int64_t rows_per_group = int64_t(plan.rows_per_pass) * RowsPlan::kUnroll;
+  plan.groups = uint32_t((rows + rows_per_group - 1) / rows_per_group);
+  plan.blocks = params.layers * 2 * plan.groups;
+  return plan;
+}
+
+}  // namespace cuda
+}  // namespace vlcache
