@@ -1,7 +1,7 @@
 # Every target that needs Python sets its environment up first: .ci/setup.sh does that, then runs Python with its arguments.
 PYTHON := .ci/setup.sh
 
-.PHONY: help setup demo test check cuda sanitize bench bench-ops gpu clean
+.PHONY: help setup demo test check cuda sanitize bench bench-ops bench-decode gpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -34,6 +34,9 @@ bench: ## measure time to first token with and without reuse
 
 bench-ops: ## measure the operations on the CPU, beside memcpy and the engine's attention
 	@$(PYTHON) tests/bench/bench_ops.py
+
+bench-decode: ## measure how evenly requests decode while long prompts are reused
+	@$(PYTHON) tests/bench/bench_decode.py
 
 gpu: ## test and measure the operations on this machine's GPU, with its python3 as it is
 	@.ci/gpu.sh

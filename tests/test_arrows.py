@@ -30,7 +30,8 @@ ARROWS: dict[str, set[str]] = {
     "engine": _GROUND | {"policy", "config", "plan", "store", "exec", "__init__"},
     "__init__": {"engine"},  # by name, on first use
     "environment": {"errors", "kernels", "engine"},
-    "cli": {"environment"},
+    "explain": {"errors"},
+    "cli": {"environment", "explain"},
 }
 MAY_IMPORT_VLLM = {"engine"}
 MAY_IMPORT_TORCH = {"engine", "exec", "kernels", "environment", "store/slab.py"}

@@ -3,7 +3,9 @@
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +17,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env = commands.add_parser("env", help="show versions, devices and native libraries, and what is missing")
     env.add_argument("--json", action="store_true", help="for programs")
     env.set_defaults(run=show_environment)
+    explain = commands.add_parser(
+        "explain",
+        help="show what a running server would reuse of a prompt",
+        description="Asks a running server a prompt (one token is generated) and shows the plan for it.",
+    )
+    explain.add_argument("parts", nargs="+", metavar="TEXT|FILE", help="texts and image files, in the prompt's order")
+    explain.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
+    explain.add_argument("--model", help="name of the model (default: the server's first)")
+    explain.add_argument("--recompute-ratio", type=float, help="instead of the server's own")
+    explain.add_argument("--json", action="store_true", help="for programs")
+    explain.set_defaults(run=explain_prompt)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status
@@ -39,3 +52,17 @@ def show_environment(options: argparse.Namespace) -> int:
         if fact.problem:
             print(f"{'':{width}}  ! {fact.problem}")
     return int(is_broken)
+
+
+def explain_prompt(options: argparse.Namespace) -> int:
+    """`vlcache explain`. The status is 1 when the server gives no answer."""
+    from vlcache_connector.explain import ServerError, ask, lines
+
+    parts = [Path(part) if Path(part).is_file() else part for part in options.parts]
+    try:
+        report = ask(options.url.rstrip("/"), options.model, parts, options.recompute_ratio)
+    except ServerError as error:
+        print(f"vlcache explain: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report, indent=2) if options.json else "\n".join(lines(report)))
+    return 0

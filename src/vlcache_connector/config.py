@@ -53,6 +53,8 @@ class RequestOptions:
 
     mode: Mode = Mode.REUSE
     recompute_ratio: float = 0.05
+    explain: bool = False
+    """Whether the response carries the plan as well."""
 
     @classmethod
     def parse(cls, raw: Any, default_ratio: float) -> "RequestOptions":
@@ -61,12 +63,14 @@ class RequestOptions:
             return cls(recompute_ratio=default_ratio)
         if not isinstance(raw, Mapping):
             raise OptionError(f'kv_transfer_params["vlcache"] is {raw!r}; expected an object with "mode"')
-        _check_keys('kv_transfer_params["vlcache"]', raw, ["mode", "recompute_ratio"])
+        _check_keys('kv_transfer_params["vlcache"]', raw, ["mode", "recompute_ratio", "explain"])
         mode = raw.get("mode", Mode.REUSE)
         ratio = raw.get("recompute_ratio", default_ratio)
+        explain = raw.get("explain", False)
         _check("mode", mode, lambda v: v in list(Mode), f"one of {[str(m) for m in Mode]}")
         _check("recompute_ratio", ratio, _is_ratio, "a number from 0 to 1")
-        return cls(Mode(mode), float(ratio))
+        _check("explain", explain, lambda v: isinstance(v, bool), "true or false")
+        return cls(Mode(mode), float(ratio), explain)
 
 
 def _check_keys(where: str, raw: Mapping[str, Any], known: list[str]) -> None:

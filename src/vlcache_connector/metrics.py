@@ -15,7 +15,6 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "hits": Metric("Requests that reused stored KV."),
     "declines": Metric("Requests with media that were left to the engine.", "reason"),
-    "deferrals": Metric("Times a request waited one engine step.", "reason"),
     "reused_tokens": Metric("Prompt tokens whose KV came from an entry."),
     "recomputed_tokens": Metric("Prompt tokens run through the layers by the recompute pass."),
     "passes": Metric("Recompute passes."),

@@ -22,6 +22,7 @@ class Reason(StrEnum):
     BEHIND_NEW_IMAGE = "behind_new_image"
     IN_PREFIX_CACHE = "in_prefix_cache"
     TOO_FEW_TOKENS = "too_few_tokens"
+    NO_GAIN = "no_gain"  # computing the range is cheaper, going by what both cost in this engine so far
     LOAD_FAILED = "load_failed"
     LORA = "lora"
     PROMPT_LOGPROBS = "prompt_logprobs"

@@ -9,9 +9,10 @@ from vllm.sampling_params import RequestOutputKind
 
 from e2e.engine import Answer, Ask, answer_of, request_of
 from vlcache_connector.engine.kv_worker import VLCacheWorker
-from vlcache_connector.engine.metadata import ReuseJob
+from vlcache_connector.engine.metadata import ReusePiece
 from vlcache_connector.engine.session import SCHEDULERS
 from vlcache_connector.exec.transfer import save_run
+from vlcache_connector.plan.costs import Prices
 from vlcache_connector.types import Run
 
 _undo: list[Callable[[], None]] = []
@@ -163,6 +164,63 @@ def repair(llm: Any) -> None:
         _undo.pop()()
 
 
+def count_calls(llm: Any, owner: str, name: str) -> None:
+    """Count calls of a function in a module, for `num_calls`."""
+    module = __import__(owner, fromlist=["x"])
+    function = getattr(module, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        _calls.append(name)
+        return function(*args, **kwargs)
+
+    setattr(module, name, counting)
+    _undo.append(lambda: setattr(module, name, function))
+
+
+_calls: list[str] = []
+
+
+def num_calls(llm: Any) -> int:
+    """Calls since the last time this was asked."""
+    count = len(_calls)
+    _calls.clear()
+    return count
+
+
+def prices(llm: Any) -> dict[str, float | None]:
+    """Seconds per token of each kind of work, as measured so far."""
+    found = core(llm).scheduler.connector._scheduler._prices
+    return {kind: getattr(found, kind).per_token_s for kind in ("compute", "recompute", "load")}
+
+
+def set_prices(llm: Any, per_token_s: dict[str, float]) -> None:
+    """As if this had been measured; forgotten again with `repair`."""
+    forget_prices(llm)
+    for kind, seconds in per_token_s.items():
+        for _ in range(32):
+            core(llm).scheduler.connector._scheduler._prices.add(kind, 1, seconds)
+
+
+def forget_prices(llm: Any) -> None:
+    scheduler_side = core(llm).scheduler.connector._scheduler
+    scheduler_side._prices = Prices()
+    _undo.append(lambda: setattr(scheduler_side, "_prices", Prices()))
+
+
+def plant_on_rank(llm: Any, rank: int, owner: str, name: str) -> None:
+    """`plant`, once, in one worker process of a tensor-parallel engine."""
+    llm.collective_rpc(_plant_if, args=(rank, owner, name))
+
+
+def repair_all_ranks(llm: Any) -> None:
+    llm.collective_rpc(repair)
+
+
+def _plant_if(worker_of_vllm: Any, rank: int, owner: str, name: str) -> None:
+    if worker_of_vllm.rank == rank:
+        plant(None, owner, name)
+
+
 def drive(llm: Any, asks: Sequence[tuple[int, Ask]]) -> list[Answer]:
     """Answers of requests that arrive at given engine steps, in the order of `asks`."""
     waiting = sorted(range(len(asks)), key=lambda i: asks[i][0])
@@ -199,32 +257,78 @@ def compute_prefix(llm: Any, ask: Ask, num_tokens: int) -> int:
     return int(keep * scheduler.block_size)
 
 
-# -- what a reuse job left in the pages
-# ------------------------------------------------------------------------------------
+def num_free_blocks(llm: Any) -> int:
+    """Blocks that no request holds."""
+    return int(core(llm).scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+
+def abort_after(llm: Any, ask: Ask, steps: int) -> None:
+    """Start a request, and abort it after so many engine steps."""
+    prompt, sampling = request_of(ask)
+    llm.llm_engine.add_request("aborted", prompt, sampling)
+    for _ in range(steps):
+        llm.llm_engine.step()
+    llm.llm_engine.abort_request(["aborted"])
+
+
+def watch_steps(llm: Any) -> None:
+    """Note of each step how many tokens the engine computes and how many the pieces of reuse recompute."""
+    _watched_steps.clear()
+    scheduler_side = core(llm).scheduler.connector._scheduler
+    build = scheduler_side.build_connector_meta
+
+    def watching(output: Any) -> Any:
+        metadata = build(output)
+        recomputed = sum(len(run) for piece in metadata.reuse for run in piece.recomputed)
+        _watched_steps.append((output.total_num_scheduled_tokens, recomputed))
+        return metadata
+
+    scheduler_side.build_connector_meta = watching
+    _undo.append(lambda: setattr(scheduler_side, "build_connector_meta", build))
+
+
+_watched_steps: list[tuple[int, int]] = []
+
+
+def watched_steps(llm: Any) -> list[tuple[int, int]]:
+    return _watched_steps
+
+
+# -- what a reuse job left in the pages -------------------------------------------------------------------------------
 
 
 def watch_jobs(llm: Any) -> None:
-    """Keep each reuse job together with the pages it left behind, before the engine's forward reads them."""
-    load = VLCacheWorker.start_load
+    """Keep the pieces of each reuse job together with the pages that the last one left behind."""
+    reuse = VLCacheWorker._reuse
 
-    def watching(self: VLCacheWorker, metadata: Any) -> None:
-        load(self, metadata)
-        _watched_jobs.extend((job, pages_of(self, job)) for job in metadata.reuse)
+    def watching(self: VLCacheWorker, pieces: Sequence[ReusePiece]) -> None:
+        reuse(self, pieces)
+        for piece in pieces:
+            _open_jobs.setdefault(piece.request_id, []).append(piece)
+            if piece.is_last:
+                job = _open_jobs.pop(piece.request_id)
+                _watched_jobs.append((job, pages_of(self, job)))
 
-    VLCacheWorker.start_load = watching  # type: ignore[method-assign]
-    _undo.append(lambda: setattr(VLCacheWorker, "start_load", load))
+    VLCacheWorker._reuse = watching  # type: ignore[method-assign]
+    _undo.append(lambda: setattr(VLCacheWorker, "_reuse", reuse))
 
 
-_watched_jobs: list[tuple[ReuseJob, torch.Tensor]] = []
+_open_jobs: dict[str, list[ReusePiece]] = {}
+_watched_jobs: list[tuple[list[ReusePiece], torch.Tensor]] = []
 
 
-def pages_of(side: VLCacheWorker, job: ReuseJob) -> torch.Tensor:
+def recomputed_by(job: Sequence[ReusePiece]) -> list[Run]:
+    return [run for piece in job for run in piece.recomputed]
+
+
+def pages_of(side: VLCacheWorker, job: Sequence[ReusePiece]) -> torch.Tensor:
     """Keys and values [layers, 2, tokens, heads, dim] of a request up to the end of its covered range."""
     pages = side._pages
     assert pages is not None
-    end = max(run.end for run in (*job.recomputed, *(run for span in job.spans for run in span.reused)))
+    reused = [run for piece in job for span in piece.spans for run in span.reused]
+    end = max(run.end for run in (*recomputed_by(job), *reused))
     found = torch.empty(len(pages.caches), 2, end, *pages.row_shape, dtype=pages.dtype)
-    save_run(pages, found, Run(0, end), job.block_ids)
+    save_run(pages, found, Run(0, end), job[-1].block_ids)
     return found
 
 
@@ -233,19 +337,21 @@ def last_job(llm: Any) -> dict[str, Any]:
     job, pages = _watched_jobs[-1]
     side = worker(llm)
     slab = side._session.slab
+    spans = {span.offset: span for piece in job for span in piece.spans}
     return {
-        "token_ids": job.prompt.token_ids,
-        "positions": side._stack.positions(job.prompt),
-        "recomputed": job.recomputed,
+        "token_ids": job[-1].prompt.token_ids,
+        "positions": side._stack.positions(job[-1].prompt),
+        "recomputed": recomputed_by(job),
         "pages": pages,
+        "num_pieces": len(job),
         "spans": [
             {
                 "offset": span.offset,
-                "reused": span.reused,
+                "reused": [run for piece in job for s in piece.spans if s.offset == span.offset for run in s.reused],
                 "entry": slab.kv(span.kv, span.length).clone(),
                 "stored_positions": slab.positions(span.kv, span.length).clone(),
                 "embedding": slab.embedding(span.embedding, span.length).clone(),
             }
-            for span in job.spans
+            for span in spans.values()
         ],
     }

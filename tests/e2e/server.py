@@ -22,8 +22,8 @@ class Server:
     def __init__(self, checkpoint: Path, log: Path, *arguments: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        port = self._url.rpartition(":")[2]
+            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        port = self.url.rpartition(":")[2]
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint)]
         command += ["--host", "127.0.0.1", "--port", port, "--served-model-name", "tested", *arguments]
         self._log = log
@@ -52,13 +52,13 @@ class Server:
         return self._log.read_text(errors="replace")
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(self._url + path, timeout=60) as response:
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
             text: str = response.read().decode()
             return text
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
-            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=300) as response:
             answer: dict[str, Any] = json.load(response)

@@ -1,5 +1,7 @@
 """Other ways to start an engine: plain vLLM, the encoder connector alone, and an engine that is declined as a whole."""
 
+import importlib.util
+
 import pytest
 
 from e2e import inside
@@ -88,6 +90,31 @@ def test_both_flags_together_store_kv_where_the_scheduler_thinks_it_is(start_eng
     answer = engine.ask_one(Ask(prompt, ratio=0.0))
     assert answer.report["reused_tokens"] == 100
     assert answer.gap(expected) <= 2 * noise_of(engine) + RESOLUTION
+
+
+def test_passes_with_the_projects_own_attention_equal_plain_vllm(start_engine: Start) -> None:
+    """Option `attention`: recompute passes use `sparse_query_attention`, the engine's forward its own."""
+    engine = start_engine("attention", "qwen2_5_vl", "float32", {"host_gib": 0.03, "attention": "vlcache"})
+    limit = 2 * noise_of(engine) + RESOLUTION
+    show_pictures(engine)
+    engine.call(inside.count_calls, "vlcache_connector.exec.attention", "sparse_query_attention")
+    for parts in SCENES.values():
+        engine.forget()
+        expected = engine.ask_one(Ask(parts, "off"))
+        engine.forget()
+        assert engine.call(inside.num_calls) == 0, "the engine's own forward uses its own attention"
+        answer = engine.ask_one(Ask(parts, ratio=1.0))
+        assert answer.report["recomputed_tokens"] > 0 and answer.gap(expected) <= limit
+        assert engine.call(inside.num_calls) > 0
+
+
+def test_an_attention_that_is_not_installed_stops_the_engine_with_advice(start_engine: Start) -> None:
+    if importlib.util.find_spec("xformers") is not None:
+        pytest.skip("needs an environment without xformers")
+    with pytest.raises(
+        RuntimeError, match=r"option 'attention' is 'xformers', which cannot run here.*choose 'vlcache'"
+    ):
+        start_engine("xformers", "qwen2_5_vl", "float32", {"attention": "xformers"})
 
 
 def test_an_engine_that_cannot_reuse_runs_as_plain_vllm_and_says_why(start_engine: Start) -> None:

@@ -17,7 +17,7 @@ REUSE_FAULTS = {
     "new request": (SIDES + "kv_scheduler", "describe"),
     "look-up": (SIDES + "kv_scheduler:VLCacheScheduler", "_plan"),
     "namespace": (SIDES + "chains:Chains", "enter"),
-    "planning the job": (SIDES + "kv_scheduler:VLCacheScheduler", "_make_job"),
+    "planning the job": (SIDES + "loads:LoadQueue", "add"),
     "positions": (SIDES + "models.qwen_vl:QwenVLStack", "positions"),
     "position delta": (SIDES + "kv_worker", "position_delta"),
     "load": (SIDES + "kv_worker", "load_runs"),

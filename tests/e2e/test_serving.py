@@ -13,6 +13,7 @@ import pytest
 from checkpoints import cached_checkpoint
 from e2e.engine import CONNECTOR, Picture
 from e2e.server import Server
+from vlcache_connector.cli import main
 
 A, NEW = Picture(1), Picture(2)
 LIMITS = ("--max-model-len", "4096", "--block-size", "32", "--limit-mm-per-prompt", '{"image": 4, "video": 0}')
@@ -98,6 +99,22 @@ def test_an_idle_server_learns_a_picture_that_was_first_seen_behind_a_known_one(
         chat(server, "ping")
     report = chat(server, "alone: ", NEW, "what?")["kv_transfer_params"]["vlcache"]
     assert report["reused_tokens"] > 80
+
+
+def test_vlcache_explain_shows_the_plan_for_a_prompt(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat(server, A)
+    file = tmp_path / "a.png"
+    A.pixels().save(file)
+    arguments = ["explain", "--url", server.url, "never before ", str(file), "what?", "--recompute-ratio", "0.1"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "90 reused" in shown and "image 0" in shown and "approximate" in shown
+    assert main(["explain", "--url", server.url, "--json", "another ", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["spans"][0]["is_known"]
+    assert main(["explain", "--url", server.url, "--model", "unknown", "text"]) == 1
+    assert "404" in capsys.readouterr().err
 
 
 def metric(server: Server, name: str) -> float:

@@ -63,7 +63,6 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
     ("change", "words"),
     [
         (_set("lora_config", SimpleNamespace()), "LoRA"),
-        (_set("scheduler_config.async_scheduling", True), "--no-async-scheduling"),
         (_set("speculative_config", SimpleNamespace()), "speculative"),
         (_set("parallel_config.pipeline_parallel_size", 2), "pipeline"),
         (_set("parallel_config.prefill_context_parallel_size", 2), "context parallelism"),

@@ -11,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
@@ -21,8 +22,8 @@ from vlcache_connector.config import Options
 from vlcache_connector.engine.compat import require_supported_engine
 from vlcache_connector.engine.encoder_flag import share_encoder_connector
 from vlcache_connector.engine.kv_scheduler import VLCacheScheduler
-from vlcache_connector.engine.kv_worker import VLCacheWorker, answer_all_failed
-from vlcache_connector.engine.metadata import JobResults, VLCacheMetadata, VLCacheWorkerMetadata
+from vlcache_connector.engine.kv_worker import StepAnswers, VLCacheWorker, answer_all_failed
+from vlcache_connector.engine.metadata import VLCacheMetadata, VLCacheWorkerMetadata
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import SCHEDULERS, WORKERS, SchedulerSession, WorkerSession, entry_layout
 from vlcache_connector.engine.stats import VLCachePromMetrics, VLCacheStats
@@ -58,9 +59,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         layout = entry_layout(vllm_config, kv_cache_config if self._reason is None else None)
         self._scheduler: VLCacheScheduler | None = None
         self._worker: VLCacheWorker | None = None
-        # Answers that the worker side owes for steps it could not work on at all.
-        self._owed = JobResults()
-        self._owed_blocks: set[int] = set()
+        self._owed = StepAnswers()  # for steps that the worker side could not work on at all
         self._counters = Counters()
         is_known_family = family_of(vllm_config.model_config.architectures) is not None
         if role is KVConnectorRole.SCHEDULER:
@@ -126,10 +125,8 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         scheduler = self._scheduler
         assert scheduler is not None
-        nothing: int | None = 0
-        return self._guard(
-            "look-up", lambda: scheduler.get_num_new_matched_tokens(request, num_computed_tokens), nothing
-        ), False
+        found = self._guard("look-up", lambda: scheduler.get_num_new_matched_tokens(request, num_computed_tokens), 0)
+        return found, found > 0  # always asynchronous: see `loads`
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         scheduler = self._scheduler
@@ -140,7 +137,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         except Exception:
             logger.exception("VLCache: request %s could not be planned", request.request_id)
             if num_external_tokens > 0:
-                scheduler.lose(request, block_ids, num_external_tokens)
+                scheduler.lose(request)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         assert self._scheduler is not None
@@ -185,9 +182,13 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker, self._reason = None, f"the pages of this engine cannot be used: {error}"
             logger.exception("VLCache reuses no KV in this engine: its pages cannot be used")
 
-    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
-            self._worker.start_load(self._step())
+            self._worker.begin_step()
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        pass
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass
@@ -197,22 +198,21 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         if self._worker is not None:
-            self._worker.finish_step(self._step())
+            self._worker.run_step(self._step())
         else:
-            self._owed, self._owed_blocks = answer_all_failed(self._step(), self._reason or "no worker")
+            self._owed = answer_all_failed(self._step(), self._reason or "no worker")
 
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        if self._worker is not None:
-            return self._worker.take_failed_blocks()
-        blocks, self._owed_blocks = self._owed_blocks, set()
-        return blocks
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        answers = self._worker.answers if self._worker is not None else self._owed
+        return KVConnectorTransferResults(finished_recving=answers.finished, failed_recving=answers.failed)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """The last hook of a step: hands over its answers."""
         if self._worker is not None:
-            results = self._worker.take_results()
-            return VLCacheWorkerMetadata(results) if results is not None else None
-        owed, self._owed = self._owed, JobResults()
-        return VLCacheWorkerMetadata(owed) if owed.failed else None
+            answers = self._worker.take_answers()
+        else:
+            answers, self._owed = self._owed, StepAnswers()
+        return VLCacheWorkerMetadata(answers.results) if answers.results else None
 
     def _step(self) -> VLCacheMetadata:
         metadata = self._get_connector_metadata()

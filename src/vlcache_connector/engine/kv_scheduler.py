@@ -1,21 +1,23 @@
 """Scheduler side of the KV connector: finds spans, decides what is reused, hands out jobs. It never blocks, it does
 no I/O.
 
+All reuse is asynchronous for vLLM: see `loads`.
+
 Order of calls in one engine step (vLLM's scheduler): `get_num_new_matched_tokens` and `update_state_after_alloc` for
 each waiting request, then `build_connector_meta` once; after the workers ran, `update_connector_output`.
 """
 
-from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.request import RequestStatus
 
 from vlcache_connector.engine.chains import Chains
-from vlcache_connector.engine.metadata import ReuseJob, SpanLoad, VLCacheMetadata
-from vlcache_connector.engine.requests import PARAMS_KEY, RequestState, describe
+from vlcache_connector.engine.loads import LoadQueue
+from vlcache_connector.engine.metadata import VLCacheMetadata
+from vlcache_connector.engine.requests import PARAMS_KEY, Outcome, RequestState, describe
 from vlcache_connector.engine.saves import SavePlanner
 from vlcache_connector.engine.session import SchedulerSession
+from vlcache_connector.plan.costs import Prices, estimate
 from vlcache_connector.plan.planner import plan_reuse
 from vlcache_connector.policy import POLICIES
 from vlcache_connector.types import Mode, Reason, ReusePlan, Span
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-_Writer = tuple["Request", int]  # a request, and the first block of it that is not written yet
 _QUIET = {Reason.NO_MEDIA, Reason.MISS, Reason.IN_PREFIX_CACHE, Reason.MODE, Reason.BEHIND_NEW_IMAGE}
 
 
@@ -47,13 +48,9 @@ class VLCacheScheduler:
         self._block_size = block_size
         has_prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
         self._chains = Chains(self._policy.name, block_size, has_prefix_cache)
-        self._max_step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._step_tokens = 0  # recomputed tokens that this step's passes have taken on
+        self._loads = LoadQueue(session, vllm_config.scheduler_config.max_num_batched_tokens)
+        self._prices = Prices()
         self._states: dict[str, RequestState] = {}
-        self._admitted: set[str] = set()  # requests that hold blocks
-        self._new_jobs: list[ReuseJob] = []
-        self._unconfirmed: dict[int, _Writer] = {}  # job -> the request whose blocks it fills
-        self._lost_blocks: set[int] = set()
         self._reported: set[Reason] = set()
         self._saves = SavePlanner(session)
         self._kv_cache_manager: KVCacheManager | None = None
@@ -74,72 +71,80 @@ class VLCacheScheduler:
             assert self._kv_cache_manager is not None
             self._chains.resume(state, self._kv_cache_manager.block_pool)
 
-    def get_num_new_matched_tokens(self, request: "Request", num_local: int) -> int | None:
-        """How many tokens behind the local hit this connector covers; None to be asked again in the next step."""
-        if self._builds_on(request, num_local, self._unconfirmed.values()):
-            # Whoever it is: until a load is known to have worked, nobody may read the blocks that it fills.
-            self._session.counters.add("deferrals", label="unconfirmed_load")
-            return None
+    def get_num_new_matched_tokens(self, request: "Request", num_local: int) -> int:
+        """How many tokens behind the local hit this connector covers."""
         state = self._states.get(request.request_id)
         if state is None:
             return 0
+        state.is_loaded = False  # the engine asks at first, and again when it took the request's blocks away
         state.plan = self._plan(state, num_local)
         if not isinstance(state.plan, ReusePlan):
             self._chains.leave_unused(state, num_local)
             return 0
-        if self._must_wait(state, num_local):
-            return None
         if not self._chains.enter(state, num_local):
             state.plan = Reason.TOO_FEW_TOKENS
             return 0
         return state.plan.end - num_local
 
     def update_state_after_alloc(self, request: "Request", block_ids: list[int], num_external: int) -> None:
-        """The request was admitted; with `num_external` > 0 the engine relies on the plan."""
+        """The request was admitted; with `num_external` > 0 the engine waits until the plan is carried out, and admits
+        it again afterwards with 0.
+        """
         state = self._states.get(request.request_id)
-        if state is None:
+        if state is None or state.is_loaded:
             assert num_external == 0
             return
-        self._admitted.add(request.request_id)
         plan = state.plan
         if num_external == 0:
             if isinstance(plan, ReusePlan):  # another connector's answer was taken
                 state.plan = Reason.IN_PREFIX_CACHE
                 self._chains.leave_unused(state, state.num_local)
-            self._count_decline(state)
+            if state.outcome is None:
+                state.outcome = Outcome(state.plan, state.num_local)
+                self._count_decline(state)
             return
         assert isinstance(plan, ReusePlan) and num_external == plan.end - plan.start
-        state.num_local = plan.start
+        prompt = state.prompt(plan.spans[-1].span.end)
+        self._loads.add(request.request_id, prompt, block_ids, plan, lambda error: self._loaded(state, plan, error))
         state.is_approximate = state.is_approximate or plan.first_reused is not None
-        self._step_tokens += plan.num_recomputed
-        self._new_jobs.append(self._make_job(state, plan, block_ids))
-        counters = self._session.counters
-        counters.add("hits")
-        counters.add("reused_tokens", plan.num_reused)
-        counters.add("recomputed_tokens", plan.num_recomputed)
+        self._hold_embeddings(state, plan)
 
-    def lose(self, request: "Request", block_ids: list[int], num_external: int) -> None:
-        """The job of an admitted request could not be made: its blocks must be computed by the engine after all."""
+    def _hold_embeddings(self, state: RequestState, plan: ReusePlan) -> None:
+        """vLLM drops the pixels of images that an admitted request has covered. If it is preempted and its blocks are
+        gone, only the stored encoder output can bring them back: it must not be evicted before the request ends.
+        """
+        index = self._session.index
+        for part in plan.spans:
+            embedding = index.get(part.span.embedding_key)
+            if embedding is not None and embedding not in state.held:
+                index.pin(embedding)
+                state.held.append(embedding)
+
+    def lose(self, request: "Request") -> None:
+        """The engine waits for a load of this request, but its job could not be made."""
         state = self._states.get(request.request_id)
-        start = state.plan.start if state is not None and isinstance(state.plan, ReusePlan) else 0
-        lost = self._blocks_of(block_ids, start, start + num_external)
-        self._lost_blocks.update(lost)
-        if state is not None:
-            self._fail(state, "the reuse job could not be made", lost)
+
+        def done(error: str | None) -> None:
+            if state is not None and error is not None:
+                self._failed(state, error)
+
+        self._loads.add_failed(request.request_id, "the reuse job could not be made", done)
 
     def request_finished(self, request: "Request") -> dict[str, Any] | None:
+        self._loads.cancel(request.request_id)
         state = self._states.pop(request.request_id, None)
-        self._admitted.discard(request.request_id)
+        for entry in state.held if state is not None else ():
+            self._session.index.unpin(entry)
         return {PARAMS_KEY: state.report()} if state is not None and state.reports else None
 
     # -- once per step ------------------------------------------------------------------------------------------------
 
     def build_connector_meta(self, output: "SchedulerOutput") -> VLCacheMetadata:
-        metadata = VLCacheMetadata(reuse=self._new_jobs, lost_blocks=self._lost_blocks)
-        self._new_jobs, self._lost_blocks, self._step_tokens = [], set(), 0
+        num_tokens = output.total_num_scheduled_tokens
+        metadata = VLCacheMetadata(num_tokens, reuse=self._loads.take(num_tokens))
         try:
             self._add_saves(output, metadata)
-        except Exception:  # a save that is not made is a future miss; the step's reuse jobs must reach the workers
+        except Exception:  # a save that is not made is a future miss; the step's reuse must reach the workers
             logger.exception("VLCache: nothing more is saved in this step")
             self._session.counters.add("failures", label="save")
         return metadata
@@ -149,16 +154,18 @@ class VLCacheScheduler:
             state = self._states.get(request_id)
             if state is not None and state.first_unsaved < len(state.spans):
                 self._saves.add_completed(state, state.request.num_computed_tokens + num_tokens, metadata)
-        if output.total_num_scheduled_tokens == 0:
+        if output.total_num_scheduled_tokens == 0 and not metadata.reuse:
             job = self._saves.compiles.next_job()
             if job is not None:
                 metadata.compiles.append(job)
 
     def update_connector_output(self, results: "JobResults") -> None:
+        for kind, num_tokens, seconds in results.laps:
+            self._prices.add(kind, num_tokens, seconds)
         self._session.take_results(results)
 
     def has_pending_work(self) -> bool:
-        return len(self._saves.compiles) > 0
+        return len(self._saves.compiles) > 0 or self._loads.num_open > 0
 
     def reset_cache(self) -> None:
         """Forget all entries; what is being written belongs to the old epoch and will never be found."""
@@ -183,92 +190,48 @@ class VLCacheScheduler:
             return Reason.ENGINE
         if state.options.mode is not Mode.REUSE:
             return Reason.MODE
-        return plan_reuse(
+        state.available = tuple(self._is_available(span) for span in state.spans)
+        plan = plan_reuse(
             state.spans,
-            [self._is_available(span) for span in state.spans],
+            state.available,
             state.request.num_tokens,
             num_local,
             self._policy,
             state.options.recompute_ratio,
             self._options.min_reuse_tokens,
         )
+        if isinstance(plan, ReusePlan):
+            state.estimate = estimate(plan, self._prices)
+            if state.estimate is not None and not state.estimate.pays:
+                return Reason.NO_GAIN
+        return plan
 
     def _is_available(self, span: Span) -> bool:
         kv, embedding = self._session.index.get(span.kv_key), self._session.index.get(span.embedding_key)
         return kv is not None and embedding is not None and kv.num_tokens == embedding.num_tokens == span.length
 
-    def _must_wait(self, state: RequestState, num_local: int) -> bool:
-        """Whether to ask again in the next step: passes run before the step's forward, and share its token budget."""
-        assert isinstance(state.plan, ReusePlan)
-        if self._builds_on(state.request, num_local, self._computing()):
-            self._session.counters.add("deferrals", label="running_step")
-            return True
-        if self._step_tokens and self._step_tokens + state.plan.num_recomputed > self._max_step_tokens:
-            self._session.counters.add("deferrals", label="step_budget")
-            return True
-        return False
+    def _loaded(self, state: RequestState, plan: ReusePlan, error: str | None) -> None:
+        """All ranks carried out a plan, or one of them could not."""
+        if error is not None:
+            self._failed(state, error)
+            return
+        state.is_loaded = True
+        if state.outcome is None:
+            state.outcome = Outcome(plan, plan.start)
+            counters = self._session.counters
+            counters.add("hits")
+            counters.add("reused_tokens", plan.num_reused)
+            counters.add("recomputed_tokens", plan.num_recomputed)
 
-    def _computing(self) -> Iterator[_Writer]:
-        """Requests that the step being scheduled computes, with the first block that is not written yet."""
-        for request_id in self._admitted:
-            request = self._states[request_id].request
-            if request.status is RequestStatus.RUNNING:
-                yield request, request.num_computed_tokens // self._block_size
-
-    def _builds_on(self, request: "Request", num_local: int, writers: Iterable[_Writer]) -> bool:
-        """Whether the local hit contains blocks that one of these writers has yet to fill.
-
-        vLLM gives blocks their hashes at allocation, so such blocks are handed out before they were written. Hashes
-        are chained: the hit contains the writer's first unwritten block exactly when the hashes there agree.
-        """
-        num_hit = num_local // self._block_size
-        for other, first in writers:
-            is_hit = other is not request and first < min(num_hit, len(other.block_hashes))
-            if is_hit and other.block_hashes[first] == request.block_hashes[first]:
-                return True
-        return False
-
-    # -- jobs ---------------------------------------------------------------------------------------------------------
-
-    def _blocks_of(self, block_ids: list[int], start: int, end: int) -> tuple[int, ...]:
-        return tuple(block_ids[start // self._block_size : -(-end // self._block_size)])
-
-    def _make_job(self, state: RequestState, plan: ReusePlan, block_ids: list[int]) -> ReuseJob:
-        index = self._session.index
-        loads: list[SpanLoad] = []
-        pinned = []
-        for part in plan.spans:
-            kv, embedding = index.get(part.span.kv_key), index.get(part.span.embedding_key)
-            assert kv is not None and embedding is not None, "an entry vanished between look-up and admission"
-            pinned += [kv, embedding]
-            loads.append(SpanLoad(part.span.offset, part.span.length, kv.extent, embedding.extent, part.reused))
-        owned = self._blocks_of(block_ids, plan.start, plan.end)
-
-        def done(error: str | None) -> None:
-            del self._unconfirmed[job_id]
-            if error is not None:
-                self._fail(state, error, owned)
-
-        job_id = self._session.new_job(pinned=pinned, on_done=done)
-        self._unconfirmed[job_id] = (state.request, plan.start // self._block_size)
-        return ReuseJob(
-            job_id,
-            state.request.request_id,
-            state.prompt(plan.spans[-1].span.end),
-            tuple(block_ids),
-            tuple(loads),
-            plan.recomputed,
-            owned,
-        )
-
-    def _fail(self, state: RequestState, error: str, block_ids: tuple[int, ...]) -> None:
-        """The engine computes the request after all. Its half-written blocks must not be found by anyone meanwhile."""
-        logger.warning("VLCache: request %s is recomputed by the engine: %s", state.request.request_id, error)
+    def _failed(self, state: RequestState, error: str) -> None:
+        """The engine asks for this request again, unless it was aborted."""
+        request_id = state.request.request_id
+        if request_id not in self._states:
+            return
+        logger.warning("VLCache: request %s is recomputed by the engine: %s", request_id, error)
         self._session.counters.add("failures", label="reuse")
         state.declined = state.plan = Reason.LOAD_FAILED
         state.is_approximate = self._chains.is_used(state, state.num_local)
-        assert self._kv_cache_manager is not None
-        self._kv_cache_manager.evict_blocks(set(block_ids))
 
     # -- telling ------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
 """Worker side of the KV connector: carries out the jobs of a step. It moves and computes, it never decides.
 
-`start_load` runs before the forward of the step, `finish_step` after it. Every job is answered in its own step. An
-error ends as a failed job, never as an exception in the engine's hook.
+`run_step` runs after the forward of the step, or in place of it when there is none. An error ends as a failed job,
+never as an exception in the engine's hook.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,15 @@ from vllm.logger import init_logger
 
 from vlcache_connector.engine.attention import AttentionContexts
 from vlcache_connector.engine.live import find_model
-from vlcache_connector.engine.metadata import CompileJob, EmbeddingJob, JobResults, ReuseJob, SaveJob, VLCacheMetadata
+from vlcache_connector.engine.metadata import (
+    CompileJob,
+    EmbeddingJob,
+    JobResults,
+    ReusePiece,
+    SaveJob,
+    SpanLoad,
+    VLCacheMetadata,
+)
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import WorkerSession
 from vlcache_connector.exec.batch import PassLimits
@@ -20,7 +29,9 @@ from vlcache_connector.exec.model import LayerStack, Prompt
 from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.exec.recompute import Recompute, SequenceInput
 from vlcache_connector.exec.rope import position_delta
+from vlcache_connector.exec.stopwatch import Stopwatch
 from vlcache_connector.exec.transfer import load_runs, save_run
+from vlcache_connector.plan.costs import MIN_TOKENS
 from vlcache_connector.types import Run
 
 if TYPE_CHECKING:
@@ -28,6 +39,15 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass(slots=True)
+class StepAnswers:
+    """What one rank says at the end of a step."""
+
+    results: JobResults = field(default_factory=JobResults)
+    finished: set[str] = field(default_factory=set)  # requests whose reuse is over
+    failed: set[str] = field(default_factory=set)  # those of them whose pages are not filled
 
 
 class VLCacheWorker:
@@ -45,8 +65,10 @@ class VLCacheWorker:
         self._stack: LayerStack = family.attach(find_model(vllm_config, self._layer_names[0]))
         self._pages: Pages | None = None
         self._recompute: Recompute | None = None
-        self._results = JobResults()
-        self._failed_blocks: set[int] = set()
+        self._positions: dict[str, torch.Tensor] = {}  # of requests that have had a piece, but not the last
+        self._errors: dict[str, str] = {}  # of the same requests, when a piece failed
+        self._watches: dict[str, Stopwatch] = {}
+        self.answers = StepAnswers()
 
     def register_pages(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Called once, when the engine has allocated its pages."""
@@ -54,6 +76,7 @@ class VLCacheWorker:
         paged = [_paged_layer(name, kv_caches[name], layers[name]) for name in self._layer_names]
         self._pages = Pages(paged, self._spec.block_size, self._spec.num_kv_heads, self._spec.head_size)
         device = self._pages.device
+        self._watches = {kind: Stopwatch(device) for kind in ("compute", "load", "recompute")}
         contexts = AttentionContexts(
             self._vllm_config, self._spec, self._layer_names, self._pages, self._session.options.attention
         )
@@ -68,71 +91,97 @@ class VLCacheWorker:
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def start_load(self, metadata: VLCacheMetadata) -> None:
-        """Reuse jobs: load entries into pages, then recompute. All jobs of the step share the passes."""
-        self._failed_blocks |= metadata.lost_blocks
-        if not metadata.reuse:
-            return
-        sequences = [self._load(job) for job in metadata.reuse]
-        try:
-            self._run_passes([sequence for sequence in sequences if sequence is not None])
-        except Exception as error:
-            logger.exception("VLCache: the recompute pass failed")
-            for job in metadata.reuse:
-                self._fail(job, f"recompute pass: {error}")
-        for job in metadata.reuse:
-            if job.job_id not in self._results.failed:
-                self._succeed(job.job_id)
+    def begin_step(self) -> None:
+        """Just before the forward."""
+        if self._watches:
+            self._watches["compute"].start()
 
-    def finish_step(self, metadata: VLCacheMetadata) -> None:
-        """Saves of what the forward completed, and idle work."""
-        failed = {job.request_id for job in metadata.reuse if job.job_id in self._results.failed}
+    def run_step(self, metadata: VLCacheMetadata) -> None:
+        """Saves of what the forward completed, pieces of reuse, idle work."""
+        self._watches["compute"].stop(metadata.num_computed_tokens)
         for save in metadata.saves:
-            if save.request_id in failed:  # the forward computed this span on top of pages that were never filled
-                self._results.failed[save.job_id] = "the reuse before it failed"
-            else:
-                self._try("save", save.job_id, lambda save=save: self._save(save))
+            self._try("save", save.job_id, lambda save=save: self._save(save))
         for embedding in metadata.embeddings:
-            self._try("save", embedding.job_id, lambda embedding=embedding: self._save_embedding(embedding))
+            self._try("save", embedding.job_id, lambda embedding=embedding: save_embedding(self._session, embedding))
+        if metadata.reuse:
+            self._reuse(metadata.reuse)
         for job in metadata.compiles:
             self._try("compile", job.job_id, lambda job=job: self._compile(job))
+        for kind, watch in self._watches.items():
+            self.answers.results.laps += ((kind, *lap) for lap in watch.take() if lap[0] >= MIN_TOKENS)
 
-    def take_results(self) -> JobResults | None:
-        results, self._results = self._results, JobResults()
-        return results if results.succeeded or results.failed else None
-
-    def take_failed_blocks(self) -> set[int]:
-        blocks, self._failed_blocks = self._failed_blocks, set()
-        return blocks
+    def take_answers(self) -> StepAnswers:
+        answers, self.answers = self.answers, StepAnswers()
+        return answers
 
     # -- reuse --------------------------------------------------------------------------------------------------------
 
-    def _load(self, job: ReuseJob) -> SequenceInput | None:
-        """Move a job's reused tokens into its pages; returns what its part of the pass needs.
+    def _reuse(self, pieces: Sequence[ReusePiece]) -> None:
+        """Load, then recompute; all pieces of the step share the passes.
 
-        A job that fails here still takes part in the pass where it can: all ranks of a tensor-parallel group must run
-        the same passes.
+        A piece that fails still takes part in the passes: all ranks of a tensor-parallel group must run the same ones.
         """
+        self._watches["load"].start()
+        sequences = [self._load(piece) for piece in pieces]
+        self._watches["load"].stop(sum(len(run) for piece in pieces for span in piece.spans for run in span.reused))
+        try:
+            self._watches["recompute"].start()
+            self._run_passes(sequences)
+            self._watches["recompute"].stop(sum(len(run) for piece in pieces for run in piece.recomputed))
+        except Exception as error:
+            logger.exception("VLCache: the recompute pass failed")
+            for piece in pieces:
+                self._errors.setdefault(piece.request_id, f"recompute pass: {error}")
+        for piece in pieces:
+            if piece.is_last:
+                self._answer(piece)
+
+    def _load(self, piece: ReusePiece) -> SequenceInput:
+        """Move a piece's reused tokens into the pages; returns its part of the pass."""
+        if piece.error is not None:
+            self._errors.setdefault(piece.request_id, piece.error)
+            return _sequence(Prompt((), ()), torch.empty(3, 0, dtype=torch.int64), (), (), [])
+        try:
+            positions = self._positions_of(piece)
+            slab = self._session.slab
+            embeddings = [(s.offset, slab.embedding(s.embedding, s.length)) for s in piece.spans]
+        except Exception as error:
+            logger.exception("VLCache: request %s could not be prepared", piece.request_id)
+            self._errors.setdefault(piece.request_id, f"preparation: {error}")
+            anywhere = torch.zeros(3, len(piece.prompt.token_ids), dtype=torch.int64)
+            return _sequence(piece.prompt, anywhere, piece.block_ids, piece.recomputed, [])
+        try:
+            for span in piece.spans:
+                self._load_span(span, positions, piece.block_ids)
+        except Exception as error:
+            logger.exception("VLCache: request %s could not be loaded", piece.request_id)
+            self._errors.setdefault(piece.request_id, f"load: {error}")
+        return _sequence(piece.prompt, positions, piece.block_ids, piece.recomputed, embeddings)
+
+    def _positions_of(self, piece: ReusePiece) -> torch.Tensor:
+        if piece.request_id not in self._positions:
+            self._positions[piece.request_id] = self._stack.positions(piece.prompt)
+        return self._positions[piece.request_id]
+
+    def _load_span(self, span: SpanLoad, positions: torch.Tensor, block_ids: tuple[int, ...]) -> None:
         assert self._pages is not None
-        session = self._session
-        try:
-            positions = self._stack.positions(job.prompt)
-            embeddings = [(s.offset, session.slab.embedding(s.embedding, s.length)) for s in job.spans]
-        except Exception as error:
-            logger.exception("VLCache: request %s could not be prepared", job.request_id)
-            self._fail(job, f"preparation: {error}")
-            return None
-        try:
-            for span in job.spans:
-                stored = session.slab.positions(span.kv, span.length)
-                delta = position_delta(stored, positions[:, span.offset : span.offset + span.length])
-                entry = session.slab.kv(span.kv, span.length)
-                nbytes = load_runs(self._pages, self._stack.rope, entry, span.offset, delta, span.reused, job.block_ids)
-                session.counters.add("loaded_bytes", nbytes)
-        except Exception as error:
-            logger.exception("VLCache: request %s could not be loaded", job.request_id)
-            self._fail(job, f"load: {error}")
-        return _sequence(job.prompt, positions, job.block_ids, job.recomputed, embeddings)
+        slab = self._session.slab
+        wanted = positions[:, span.offset : span.offset + span.length]
+        delta = position_delta(slab.positions(span.kv, span.length), wanted)
+        entry = slab.kv(span.kv, span.length)
+        nbytes = load_runs(self._pages, self._stack.rope, entry, span.offset, delta, span.reused, block_ids)
+        self._session.counters.add("loaded_bytes", nbytes)
+
+    def _answer(self, piece: ReusePiece) -> None:
+        request_id = piece.request_id
+        self._positions.pop(request_id, None)
+        error = self._errors.pop(request_id, None)
+        self.answers.finished.add(request_id)
+        if error is None:
+            self._succeed(piece.job_id)
+        else:
+            self.answers.failed.add(request_id)
+            self.answers.results.failed[piece.job_id] = error
 
     def _run_passes(self, sequences: list[SequenceInput]) -> None:
         assert self._recompute is not None
@@ -151,9 +200,6 @@ class VLCacheWorker:
         counters.add("saved_bytes", save_run(self._pages, slab.kv(job.kv, len(run)), run, block_ids), label="kv")
         counters.add("saved_entries", label="kv")
 
-    def _save_embedding(self, job: EmbeddingJob) -> None:
-        save_embedding(self._session, job)
-
     def _compile(self, job: CompileJob) -> None:
         positions = self._stack.positions(job.prompt)
         embedding = self._session.slab.embedding(job.embedding, len(job.run))
@@ -171,16 +217,12 @@ class VLCacheWorker:
         except Exception as error:
             logger.exception("VLCache: a %s failed; the image will simply not be found", stage)
             self._session.counters.add("failures", label=stage)
-            self._results.failed[job_id] = f"{stage}: {error}"
+            self.answers.results.failed[job_id] = f"{stage}: {error}"
         else:
             self._succeed(job_id)
 
     def _succeed(self, job_id: int) -> None:
-        self._results.succeeded[job_id] = 1
-
-    def _fail(self, job: ReuseJob, why: str) -> None:
-        self._results.failed.setdefault(job.job_id, why)
-        self._failed_blocks.update(job.owned_blocks)
+        self.answers.results.succeeded[job_id] = 1
 
 
 def save_embedding(session: WorkerSession, job: EmbeddingJob) -> None:
@@ -194,11 +236,13 @@ def save_embedding(session: WorkerSession, job: EmbeddingJob) -> None:
     session.counters.add("saved_entries", label="embedding")
 
 
-def answer_all_failed(metadata: VLCacheMetadata, why: str) -> tuple[JobResults, set[int]]:
-    """Results and invalid blocks of a step of which no job was tried."""
-    jobs: Iterable[Any] = (*metadata.reuse, *metadata.saves, *metadata.embeddings, *metadata.compiles)
-    blocks = {block for job in metadata.reuse for block in job.owned_blocks} | metadata.lost_blocks
-    return JobResults(failed={job.job_id: why for job in jobs}, unsupported=why), blocks
+def answer_all_failed(metadata: VLCacheMetadata, why: str) -> StepAnswers:
+    """Answers of a step of which no job was tried."""
+    over = [piece for piece in metadata.reuse if piece.is_last]
+    jobs: Iterable[Any] = (*over, *metadata.saves, *metadata.embeddings, *metadata.compiles)
+    results = JobResults(failed={job.job_id: why for job in jobs}, unsupported=why)
+    requests = {piece.request_id for piece in over}
+    return StepAnswers(results, requests, set(requests))
 
 
 def _paged_layer(name: str, cache: torch.Tensor, attention: Any) -> PagedLayer:

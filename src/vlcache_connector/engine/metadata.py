@@ -1,7 +1,7 @@
 """Everything that crosses the process border between the scheduler side and the workers, as frozen plain data.
 
-A job is what one worker does in one step for one request or entry. Every rank answers every job of a step in the same
-step's output, so a job is done when all ranks have answered.
+A job is what the workers do for one request or entry. Every rank answers it in the same step's output: with the last
+piece of a reuse job, in its only step for all others. A job is done when all ranks have answered.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from vlcache_connector.types import Extent, Run
 
 @dataclass(frozen=True, slots=True)
 class SpanLoad:
-    """One span of a reuse job. `reused` runs are absolute positions."""
+    """One span of a piece of reuse. `reused` runs are absolute positions."""
 
     offset: int
     length: int
@@ -25,16 +25,20 @@ class SpanLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class ReuseJob:
-    """Fill the covered range of one request: load reused tokens, recompute the others."""
+class ReusePiece:
+    """Fill a part of the covered range of one request: load reused tokens, recompute the others.
+
+    A job is one or more pieces, in consecutive or later steps; it is answered with the last one.
+    """
 
     job_id: int
     request_id: str
-    prompt: Prompt  # up to the end of the last span, which may be one token behind the covered range
+    prompt: Prompt  # up to the end of the last span of the job, which may be one token behind the covered range
     block_ids: tuple[int, ...]
     spans: tuple[SpanLoad, ...]
     recomputed: tuple[Run, ...]
-    owned_blocks: tuple[int, ...]  # blocks of the covered range: what to report when the job fails
+    is_last: bool
+    error: str | None = None  # there is nothing to do: the job failed, or its request is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +81,11 @@ class EmbeddingJob:
 class VLCacheMetadata(KVConnectorMetadata):
     """One step's work of the KV connector."""
 
-    reuse: list[ReuseJob] = field(default_factory=list)
+    num_computed_tokens: int = 0  # by the engine's forward of this step
+    reuse: list[ReusePiece] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
     embeddings: list[EmbeddingJob] = field(default_factory=list)  # saves that the encoder connector did not see
     compiles: list[CompileJob] = field(default_factory=list)
-    lost_blocks: set[int] = field(default_factory=set)  # promised to the engine, but their job could not be made
 
 
 @dataclass(slots=True)
@@ -99,12 +103,17 @@ class JobResults:
     succeeded: dict[int, int] = field(default_factory=dict)  # job -> number of ranks
     failed: dict[int, str] = field(default_factory=dict)  # job -> why, on the first rank that failed
     unsupported: str | None = None  # the workers cannot drive this model at all
+    laps: list[tuple[str, int, float]] = field(default_factory=list)  # kind of work, tokens, seconds
+
+    def __bool__(self) -> bool:
+        return bool(self.succeeded or self.failed or self.laps)
 
     def merge(self, other: "JobResults") -> None:
         for job_id, count in other.succeeded.items():
             self.succeeded[job_id] = self.succeeded.get(job_id, 0) + count
         self.failed = other.failed | self.failed
         self.unsupported = self.unsupported or other.unsupported
+        self.laps += other.laps
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """What the scheduler side remembers of each request, and how that is read off vLLM's request object."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vlcache_connector.config import RequestOptions
@@ -8,13 +8,23 @@ from vlcache_connector.engine.namespace import Chain
 from vlcache_connector.engine.support import feature_reason, request_reason
 from vlcache_connector.errors import OptionError
 from vlcache_connector.exec.model import Media, Prompt
+from vlcache_connector.plan.costs import Estimate
 from vlcache_connector.plan.keys import KeySpace
+from vlcache_connector.store.host import HostEntry
 from vlcache_connector.types import Mode, Reason, ReusePlan, Span
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 PARAMS_KEY = "vlcache"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where the prompt's tokens came from, or why not from the store."""
+
+    plan: ReusePlan | Reason | None
+    num_local: int
 
 
 @dataclass(slots=True)
@@ -29,7 +39,12 @@ class RequestState:
     media: tuple[Media, ...] = ()
     chain: Chain | None = None  # where the block hashes leave the exact chain
     plan: ReusePlan | Reason | None = None  # outcome of the latest question
+    available: tuple[bool, ...] = ()  # which spans were at hand, at the latest question
+    estimate: Estimate | None = None  # of the latest plan
     is_approximate: bool = False  # some KV of this request is, or builds on, reused KV
+    is_loaded: bool = False  # the plan was carried out
+    outcome: "Outcome | None" = None  # of the first admission; a preempted request is admitted again
+    held: list[HostEntry] = field(default_factory=list)  # pinned until the request has finished
     num_local: int = 0
     first_unsaved: int = 0  # spans before this one were completed and dealt with
     reports: bool = False  # whether the response says what happened
@@ -44,24 +59,51 @@ class RequestState:
         """The response's `kv_transfer_params["vlcache"]`: where the prompt's tokens came from, and why not
         elsewhere.
         """
-        plan = self.plan if isinstance(self.plan, ReusePlan) else None
+        outcome = self.outcome or Outcome(self.plan, self.num_local)
+        plan = outcome.plan if isinstance(outcome.plan, ReusePlan) else None
         reused = plan.num_reused if plan else 0
         recomputed = plan.num_recomputed if plan else 0
         report: dict[str, Any] = {
             "mode": str(self.options.mode),
             "reused_tokens": reused,
             "recomputed_tokens": recomputed,
-            "prefix_cached_tokens": self.num_local,
-            "computed_tokens": self.request.num_prompt_tokens - self.num_local - reused - recomputed,
+            "prefix_cached_tokens": outcome.num_local,
+            "computed_tokens": self.request.num_prompt_tokens - outcome.num_local - reused - recomputed,
             "tier": "host" if plan else None,
             "approximate": self.is_approximate,
         }
-        reason = self.declined or (self.plan if isinstance(self.plan, Reason) else None)
+        reason = self.declined or (outcome.plan if isinstance(outcome.plan, Reason) else None)
         if reason is not None:
             report["reason"] = str(reason)
         if self.error is not None:
             report["error"] = self.error
+        if self.options.explain:
+            report["plan"] = self._explain(plan)
         return report
+
+    def _explain(self, plan: ReusePlan | None) -> dict[str, Any]:
+        """Each span with its runs as [start, end) pairs, all recomputed runs, expected seconds."""
+        parts = {part.span: part for part in plan.spans} if plan else {}
+        spans = []
+        for number, span in enumerate(self.spans):
+            part = parts.get(span)
+            spans.append(
+                {
+                    "offset": span.offset,
+                    "length": span.length,
+                    "is_known": number < len(self.available) and self.available[number],
+                    "reused": [[run.start, run.end] for run in part.reused] if part else [],
+                    "recomputed": [[run.start, run.end] for run in part.recomputed] if part else [],
+                }
+            )
+        explained: dict[str, Any] = {
+            "covered": [plan.start, plan.end] if plan else None,
+            "spans": spans,
+            "recomputed": [[run.start, run.end] for run in plan.recomputed] if plan else [],
+        }
+        if self.estimate is not None:
+            explained["expected_s"] = {"reuse": self.estimate.reuse_s, "compute": self.estimate.compute_s}
+        return explained
 
 
 def describe(request: "Request", keys: KeySpace, default_ratio: float, trust_client_uuids: bool) -> RequestState:

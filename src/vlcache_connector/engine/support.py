@@ -30,10 +30,6 @@ def engine_reason(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -
     checks = (
         (_family_missing(architectures), f"no layer adapter for {architectures}; known are {sorted(FAMILIES)}"),
         (vllm_config.lora_config is not None, "LoRA is enabled"),
-        (
-            bool(vllm_config.scheduler_config.async_scheduling),
-            "asynchronous scheduling was not verified; start with --no-async-scheduling",
-        ),
         (vllm_config.speculative_config is not None, "speculative decoding is enabled"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is enabled"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism is enabled"),

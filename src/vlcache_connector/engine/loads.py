@@ -1,0 +1,129 @@
+"""The queue of admitted reuse: which pieces of which requests the workers carry out in a step. Scheduler side.
+
+vLLM waits for such a request as for any asynchronous load: its blocks are not shared with others, and it takes no part
+in a forward, until every rank has said that the last piece is done. So a load that fails is never read by anyone, and
+the request starts again as if the connector had found nothing.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vlcache_connector.engine.metadata import ReusePiece, SpanLoad
+from vlcache_connector.engine.session import SchedulerSession
+from vlcache_connector.exec.model import Prompt
+from vlcache_connector.plan.pieces import next_piece
+from vlcache_connector.store.host import HostEntry
+from vlcache_connector.types import ReusePlan, Run, SpanPlan
+
+
+@dataclass(slots=True)
+class _Load:
+    job_id: int
+    request_id: str
+    prompt: Prompt
+    block_ids: tuple[int, ...]
+    plan: ReusePlan
+    entries: tuple[tuple[HostEntry, HostEntry], ...]  # KV and embedding of each span of the plan
+    position: int
+    error: str | None = None  # why there is nothing left to do but to report
+
+
+class LoadQueue:
+    """Loads in the order of admission."""
+
+    def __init__(self, session: SchedulerSession, max_step_tokens: int) -> None:
+        self._session = session
+        self._max_step_tokens = max_step_tokens
+        self._loads: OrderedDict[str, _Load] = OrderedDict()
+        self._open = 0
+
+    @property
+    def num_open(self) -> int:
+        """Loads whose end the workers have not reported."""
+        return self._open
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        block_ids: Sequence[int],
+        plan: ReusePlan,
+        on_done: Callable[[str | None], None],
+    ) -> None:
+        """Queue an admitted request. `on_done` is called with None or an error when all ranks have reported."""
+        entries = []
+        for part in plan.spans:
+            kv = self._session.index.get(part.span.kv_key)
+            embedding = self._session.index.get(part.span.embedding_key)
+            assert kv is not None and embedding is not None, "an entry vanished between look-up and admission"
+            entries.append((kv, embedding))
+        job_id = self._new_job([entry for pair in entries for entry in pair], on_done)
+        self._loads[request_id] = _Load(job_id, request_id, prompt, tuple(block_ids), plan, tuple(entries), plan.start)
+
+    def add_failed(self, request_id: str, error: str, on_done: Callable[[str | None], None]) -> None:
+        """The engine waits for a load that cannot be made: let the workers report that."""
+        plan = ReusePlan(0, 0, (), ())
+        self._loads[request_id] = _Load(self._new_job([], on_done), request_id, Prompt((), ()), (), plan, (), 0, error)
+
+    def cancel(self, request_id: str) -> None:
+        """The request is gone. The engine keeps its blocks until the workers report the end."""
+        load = self._loads.get(request_id)
+        if load is not None:
+            load.error = "the request was aborted"
+
+    def take(self, num_scheduled_tokens: int) -> list[ReusePiece]:
+        """Pieces for the step that is being scheduled.
+
+        Together with the engine's own tokens they stay within what the engine batches at most; when that is used up,
+        loads go on with an eighth of it, so that a busy engine does not starve them.
+        """
+        budget: float = max(self._max_step_tokens - num_scheduled_tokens, self._max_step_tokens // 8, 1)
+        pieces: list[ReusePiece] = []
+        for load in list(self._loads.values()):
+            if load.error is None and budget < 1:
+                continue  # reports of failures cost nothing and go on
+            covered, cost = Run(load.position, load.position), 0.0
+            if load.error is None:
+                covered, cost = next_piece(load.plan, load.position, budget)
+            budget -= cost
+            load.position = covered.end
+            is_last = load.error is not None or covered.end == load.plan.end
+            if is_last:
+                del self._loads[load.request_id]
+            pieces.append(_piece(load, covered, is_last))
+        return pieces
+
+    def _new_job(self, pinned: list[HostEntry], on_done: Callable[[str | None], None]) -> int:
+        def done(error: str | None) -> None:
+            self._open -= 1
+            on_done(error)
+
+        job_id = self._session.new_job(pinned=pinned, on_done=done)
+        self._open += 1
+        return job_id
+
+
+def _piece(load: _Load, covered: Run, is_last: bool) -> ReusePiece:
+    return ReusePiece(
+        load.job_id,
+        load.request_id,
+        load.prompt,
+        load.block_ids,
+        tuple(
+            SpanLoad(part.span.offset, part.span.length, kv.extent, embedding.extent, _within(part.reused, covered))
+            for part, (kv, embedding) in zip(load.plan.spans, load.entries, strict=True)
+            if _touches(part, covered)
+        ),
+        _within(load.plan.recomputed, covered),
+        is_last,
+        load.error,
+    )
+
+
+def _touches(part: SpanPlan, covered: Run) -> bool:
+    return len(part.span.run.intersect(covered)) > 0
+
+
+def _within(runs: Sequence[Run], covered: Run) -> tuple[Run, ...]:
+    return tuple(common for common in (run.intersect(covered) for run in runs) if len(common))

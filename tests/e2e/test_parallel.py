@@ -1,0 +1,67 @@
+"""Tensor parallelism over two worker processes: each holds its heads of every entry, and all must agree."""
+
+import pytest
+
+from e2e import inside
+from e2e.conftest import Start
+from e2e.engine import Ask, Engine
+from e2e.test_reuse import CLOSE, LONG, OPEN, RESOLUTION, SCENES, A, B, noise_of, show_pictures
+
+PROMPT = [OPEN, LONG, B, A, "what is it?", CLOSE]
+KV_WORKER = "vlcache_connector.engine.kv_worker"
+
+
+@pytest.fixture(scope="module")
+def pair(start_engine: Start) -> Engine:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one core for each worker
+        return start_engine("pair", "qwen2_5_vl", "float32", {"host_gib": 0.03}, tensor_parallel_size=2)
+
+
+@pytest.fixture
+def fresh_pair(pair: Engine) -> Engine:
+    pair.call(inside.repair_all_ranks)
+    pair.forget()
+    pair.call(inside.reset_store)
+    return pair
+
+
+def test_both_ranks_reuse_and_full_recompute_equals_plain(fresh_pair: Engine) -> None:
+    limit = 2 * noise_of(fresh_pair) + RESOLUTION
+    show_pictures(fresh_pair)
+    for name, parts in SCENES.items():
+        fresh_pair.forget()
+        expected = fresh_pair.ask_one(Ask(parts, "off"))
+        fresh_pair.forget()
+        full = fresh_pair.ask_one(Ask(parts, ratio=1.0))
+        assert full.report["recomputed_tokens"] > 0 and full.gap(expected) <= limit, name
+        fresh_pair.forget()
+        assert fresh_pair.ask_one(Ask(parts, ratio=0.05)).report["reused_tokens"] > 0, name
+    fresh_pair.call(inside.check_store)
+
+
+@pytest.mark.parametrize("fault", ["load_runs", "position_delta"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_load_that_fails_on_one_rank_is_computed_on_both(fresh_pair: Engine, fault: str, rank: int) -> None:
+    limit = 2 * noise_of(fresh_pair) + RESOLUTION
+    show_pictures(fresh_pair)
+    fresh_pair.forget()
+    expected = fresh_pair.ask_one(Ask(PROMPT, "off"))
+    fresh_pair.forget()
+    fresh_pair.call(inside.plant_on_rank, rank, KV_WORKER, fault)
+    answer = fresh_pair.ask_one(Ask(PROMPT, ratio=0.05))
+    assert answer.report["reason"] == "load_failed" and answer.gap(expected) <= limit
+    fresh_pair.forget()
+    assert fresh_pair.ask_one(Ask(PROMPT, ratio=0.05)).report["reused_tokens"] > 0, "the next one reuses again"
+    fresh_pair.call(inside.check_store)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_entry_that_one_rank_could_not_save_is_found_by_nobody(fresh_pair: Engine, rank: int) -> None:
+    fresh_pair.call(inside.plant_on_rank, rank, KV_WORKER, "save_run")
+    prompt = [OPEN, A, "what is it?", CLOSE]
+    fresh_pair.ask_one(Ask(prompt))
+    fresh_pair.forget()
+    assert fresh_pair.ask_one(Ask([OPEN, LONG, A, CLOSE], ratio=0.05)).report["reason"] == "miss"
+    fresh_pair.forget()
+    assert fresh_pair.ask_one(Ask([OPEN, LONG, LONG, A, CLOSE], ratio=0.05)).report["reused_tokens"] > 0

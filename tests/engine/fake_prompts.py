@@ -1,0 +1,95 @@
+"""Requests for the fake engine: prompts of text and images, as vLLM's own request objects, and what is true of them."""
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+
+from engine.fake_records import IMAGE_TOKEN, Content, Truth
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    name: str
+    num_tokens: int
+
+    @property
+    def identifier(self) -> str:
+        return hashlib.sha256(f"{self.name}:{self.num_tokens}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request: text as token ids, and images."""
+
+    parts: Sequence[int | Image]
+    mode: str = "reuse"
+    ratio: float = 0.05
+    salt: str | None = None
+    max_tokens: int = 2
+
+
+def text(seed: object, num_tokens: int) -> list[int]:
+    """Text of its own for each seed."""
+    rng = random.Random(str(seed))
+    return [rng.randrange(100, 1000) for _ in range(num_tokens)]
+
+
+def request_of(ask: Ask, truth: Truth, hasher: Callable[[Any], Any]) -> Request:
+    sampling = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True)
+    sampling.extra_args = {"kv_transfer_params": {"vlcache": {"mode": ask.mode, "recompute_ratio": ask.ratio}}}
+    return Request(
+        truth.request_id,
+        list(truth.token_ids[: truth.num_prompt]),
+        sampling,
+        None,
+        mm_features=features_of(ask.parts),
+        cache_salt=ask.salt,
+        block_hasher=hasher,
+    )
+
+
+def features_of(parts: Sequence[int | Image]) -> list[MultiModalFeatureSpec]:
+    features, offset = [], 0
+    for part in parts:
+        if isinstance(part, Image):
+            grid = torch.tensor([1, 2, 2 * part.num_tokens])
+            data = MultiModalKwargsItem(
+                image_grid_thw=MultiModalFieldElem(grid, MultiModalBatchedField(keep_on_cpu=True)),
+                pixel_values=MultiModalFieldElem(grid, MultiModalBatchedField()),
+            )
+            place = PlaceholderRange(offset, part.num_tokens)
+            features.append(MultiModalFeatureSpec(data, "image", part.identifier, place))
+        offset += part.num_tokens if isinstance(part, Image) else 1
+    return features
+
+
+def truth_of(request_id: str, ask: Ask) -> Truth:
+    contents: list[Content] = []
+    for part in ask.parts:
+        if isinstance(part, Image):
+            contents += [(part.identifier, index) for index in range(part.num_tokens)]
+        else:
+            contents.append(part)
+    num_prompt, digests, digest = len(contents), list[int](), 0
+    for position in range(num_prompt + ask.max_tokens + 1):
+        before = f"{ask.salt} {digest} {contents[position]}".encode()
+        digest = int.from_bytes(hashlib.sha256(before).digest()[:8], "little")
+        digests.append(digest)
+        if position >= num_prompt - 1:  # the answer follows from all that stands before it
+            contents.append(1000 + digest % 1000)
+    tokens = [content if isinstance(content, int) else IMAGE_TOKEN for content in contents]
+    ratio = ask.ratio if ask.mode == "reuse" else None
+    return Truth(request_id, tuple(tokens), tuple(contents), tuple(digests), num_prompt, ask.salt, ratio)

@@ -1,0 +1,261 @@
+"""The worker side of the fake engine: it keeps a record of what was written to each slot, in place of keys and values.
+
+A record names the token, its position, its tenant and the weights that were in use; when all that it was computed from
+was computed exactly, it also holds a digest of the whole prompt up to there. Every read compares the records with what
+the reader's own prompt says: a slot that nobody wrote, that was written for something else or that the reader did not
+agree to is an `AssertionError` in the very step.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.outputs import ECConnectorOutput, KVConnectorOutput, ModelRunnerOutput
+
+from engine.fake_records import IMAGE_TOKEN, Entry, Record, Truth
+from vlcache_connector.engine.metadata import (
+    CompileJob,
+    EmbeddingJob,
+    JobResults,
+    ReusePiece,
+    SaveJob,
+    SpanLoad,
+    VLCacheECMetadata,
+    VLCacheECWorkerMetadata,
+    VLCacheMetadata,
+    VLCacheWorkerMetadata,
+)
+from vlcache_connector.types import Extent, Run
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request as the model runner knows it."""
+
+    token_ids: list[int]
+    block_ids: list[int]
+    start: int  # tokens that are computed before this step
+    features: list[Any]  # as vLLM sent them: images that were covered on admission have lost their pixels
+
+
+@dataclass(slots=True)
+class FakeWorker:
+    """One rank. `is_struck(stage, rank, request_id)` says whether a job fails."""
+
+    rank: int
+    block_size: int
+    truths: dict[str, Truth]
+    is_struck: Callable[[str, int, str], bool]
+    keeps_pixels: bool
+    weights: int = 0
+    pages: dict[int, Record] = field(default_factory=dict)  # slot -> what was written there
+    entries: dict[Extent, Entry] = field(default_factory=dict)
+    encoder_cache: set[str] = field(default_factory=set)
+    encoded: list[str] = field(default_factory=list)  # images that the encoder worked on
+    _live: dict[str, _Live] = field(default_factory=dict)
+    _errors: dict[str, str] = field(default_factory=dict)
+
+    def execute(self, output: Any, fresh_blocks: Iterable[int]) -> ModelRunnerOutput:
+        """One step, in the order of vLLM's V1 model runner. What is in freshly allocated blocks is lost."""
+        for block in fresh_blocks:
+            for slot in range(block * self.block_size, (block + 1) * self.block_size):
+                self.pages.pop(slot, None)
+        self._update_requests(output)
+        encoder_output, sampled = None, dict[str, list[int]]()
+        if output.total_num_scheduled_tokens > 0:
+            encoder_output = self._encode(output)
+            sampled = {name: self._forward(name, num) for name, num in output.num_scheduled_tokens.items()}
+        index = {request_id: number for number, request_id in enumerate(sampled)}
+        return ModelRunnerOutput(
+            req_ids=list(sampled),
+            req_id_to_index=index,
+            sampled_token_ids=list(sampled.values()),
+            kv_connector_output=self._carry_out(output.kv_connector_metadata),
+            ec_connector_output=encoder_output,
+        )
+
+    # -- the model runner ---------------------------------------------------------------------------------------------
+
+    def _update_requests(self, output: Any) -> None:
+        for request_id in output.finished_req_ids:
+            self._live.pop(request_id, None)
+        self.encoder_cache.difference_update(output.free_encoder_mm_hashes)
+        for new in output.scheduled_new_reqs:
+            tokens, blocks = list(new.prompt_token_ids), list(new.block_ids[0])
+            self._live[new.req_id] = _Live(tokens, blocks, new.num_computed_tokens, new.mm_features)
+        cached = output.scheduled_cached_reqs
+        for number, request_id in enumerate(cached.req_ids):
+            live, blocks = self._live[request_id], cached.new_block_ids[number]
+            if request_id in cached.resumed_req_ids:
+                live.block_ids = []
+            if request_id in cached.all_token_ids:
+                live.token_ids = list(cached.all_token_ids[request_id])
+            live.block_ids += blocks[0] if blocks is not None else []
+            live.start = cached.num_computed_tokens[number]
+
+    def _forward(self, request_id: str, num_tokens: int) -> list[int]:
+        """Compute the request's tokens of this step; returns the sampled token unless the prompt goes on."""
+        live, truth = self._live[request_id], self.truths[request_id]
+        run = Run(live.start, live.start + num_tokens)
+        assert run.end <= len(live.token_ids), f"{request_id} computes tokens that are not known yet"
+        assert tuple(live.token_ids) == truth.token_ids[: len(live.token_ids)], f"{request_id} has wrong tokens"
+        images = {content[0] for content in truth.contents[run.start : run.end] if isinstance(content, tuple)}
+        assert images <= self.encoder_cache, f"{request_id} computes an image that was not encoded"
+        self._compute(truth, live.block_ids, run)
+        if run.end < len(live.token_ids):
+            return []
+        live.token_ids.append(truth.token_ids[run.end])
+        return [live.token_ids[-1]]
+
+    def _encode(self, output: Any) -> ECConnectorOutput:
+        metadata, results = output.ec_connector_metadata, JobResults()
+        assert isinstance(metadata, VLCacheECMetadata)
+        for load in metadata.loads:
+            tenant = self.truths[load.request_id].tenant
+            self._check_entry(load.extent, Entry("embedding", load.identifier, tenant, load.num_tokens, self.weights))
+            is_lost = self.is_struck("embedding", self.rank, load.request_id)
+            self.encoder_cache.add(load.identifier)  # by the encoder, when the entry could not be loaded
+            self.encoded += [load.identifier] if is_lost else []
+            _answer(results, load.job_id, "lost" if is_lost else None)
+        for request_id, indices in output.scheduled_encoder_inputs.items():
+            for feature in (self._live[request_id].features[index] for index in indices):
+                has_pixels = self.keeps_pixels or "pixel_values" in feature.data
+                assert has_pixels, "the engine wants to encode an image whose pixels it dropped"
+                self.encoder_cache.add(feature.identifier)
+                self.encoded.append(feature.identifier)
+        for save in metadata.saves:
+            self._save_embedding(results, save)
+        return ECConnectorOutput(ec_connector_worker_meta=VLCacheECWorkerMetadata(results) if results else None)
+
+    # -- the connector ------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, metadata: VLCacheMetadata) -> KVConnectorOutput:
+        output, results = KVConnectorOutput(finished_recving=set()), JobResults()
+        for save in metadata.saves:
+            self._save(results, save)
+        for embedding in metadata.embeddings:
+            self._save_embedding(results, embedding)
+        for piece in metadata.reuse:
+            self._load(piece)
+        for piece in metadata.reuse:
+            self._recompute(piece)
+            if piece.is_last:
+                error = self._errors.pop(piece.request_id, None)
+                _answer(results, piece.job_id, error)
+                output.finished_recving.add(piece.request_id)
+                output.failed_recving |= {piece.request_id} if error is not None else set()
+        for compiling in metadata.compiles:
+            self._compile(results, compiling)
+        output.kv_connector_worker_meta = VLCacheWorkerMetadata(results) if results else None
+        return output
+
+    def _load(self, piece: ReusePiece) -> None:
+        truth = self.truths[piece.request_id]
+        if piece.error is not None:
+            self._errors.setdefault(piece.request_id, piece.error)
+            return
+        assert piece.prompt.token_ids == truth.token_ids[: len(piece.prompt.token_ids)]
+        if self.is_struck("piece", self.rank, piece.request_id):
+            self._errors.setdefault(piece.request_id, "the piece was lost")
+        for span in piece.spans:
+            image = Run(span.offset, span.offset + span.length)
+            wanted = Entry("kv", truth.image(image), truth.tenant, span.length, self.weights)
+            self._check_entry(span.kv, wanted)
+            self._check_entry(span.embedding, Entry("embedding", *_facts(wanted)))
+            for run in span.reused:
+                self._write(truth, piece.block_ids, run, is_exact=False)
+
+    def _recompute(self, piece: ReusePiece) -> None:
+        truth = self.truths[piece.request_id]
+        for run in piece.recomputed:
+            if piece.request_id in self._errors:
+                self._write(truth, piece.block_ids, run, is_exact=False)
+                continue
+            images = {content[0] for content in truth.contents[run.start : run.end] if isinstance(content, tuple)}
+            assert images <= {truth.image(_whole(span)) for span in piece.spans}, "an embedding is missing in the piece"
+            self._compute(truth, piece.block_ids, run)
+
+    def _save(self, results: JobResults, job: SaveJob) -> None:
+        truth = self.truths[job.request_id]
+        assert self._read(truth, job.block_ids, job.run.end), "approximate KV is stored"
+        entry = Entry("kv", truth.image(job.run), truth.tenant, len(job.run), self.weights)
+        self._put(results, job.job_id, job.kv, entry, self.is_struck("save", self.rank, job.request_id))
+
+    def _save_embedding(self, results: JobResults, job: EmbeddingJob) -> None:
+        assert job.identifier in self.encoder_cache, "an encoder output is to be saved that is not there"
+        tenant = self.truths[job.request_id].tenant
+        entry = Entry("embedding", job.identifier, tenant, job.num_tokens, self.weights)
+        self._put(results, job.job_id, job.extent, entry, self.is_struck("save", self.rank, job.request_id))
+
+    def _compile(self, results: JobResults, job: CompileJob) -> None:
+        """Without a request: the embedding says whose image it is."""
+        embedding = self.entries[job.embedding]
+        assert job.run.end == len(job.prompt.token_ids) and len(job.run) == embedding.num_tokens
+        assert IMAGE_TOKEN not in job.prompt.token_ids[: job.run.start], "an image whose embedding is not given"
+        for position in range(job.run.end):
+            slot = self._slot(job.block_ids, position)
+            assert slot not in self.pages, "scratch blocks are somebody's"
+            self.pages[slot] = Record(None, position, embedding.tenant, self.weights, None, None)
+        entry = Entry("kv", *_facts(embedding))
+        self._put(results, job.job_id, job.kv, entry, self.is_struck("compile", self.rank, ""))
+
+    # -- pages and entries --------------------------------------------------------------------------------------------
+
+    def _slot(self, block_ids: Sequence[int], position: int) -> int:
+        return block_ids[position // self.block_size] * self.block_size + position % self.block_size
+
+    def _read(self, truth: Truth, block_ids: Sequence[int], end: int) -> bool:
+        """Look at all positions before `end` as the request would; returns whether all of it is exact."""
+        is_exact = True
+        for position in range(end):
+            found = self.pages.get(self._slot(block_ids, position))
+            where = f"{truth.request_id} at position {position}"
+            assert found is not None, f"{where} reads what nobody wrote"
+            assert found.content == truth.contents[position], f"{where} reads the KV of something else: {found}"
+            assert found.position == position, f"{where} reads another position's KV: {found}"
+            assert found.tenant == truth.tenant, f"{where} reads another tenant's KV: {found}"
+            assert found.weights == self.weights, f"{where} reads KV of older weights"
+            if found.digest is None:
+                assert found.ratio == truth.ratio, f"{where} reads approximate KV without having agreed to it: {found}"
+                is_exact = False
+            assert found.digest in (None, truth.digests[position]), f"{where} reads KV of another beginning"
+        return is_exact
+
+    def _compute(self, truth: Truth, block_ids: Sequence[int], run: Run) -> None:
+        self._write(truth, block_ids, run, self._read(truth, block_ids, run.start))
+
+    def _write(self, truth: Truth, block_ids: Sequence[int], run: Run, is_exact: bool) -> None:
+        for position in range(run.start, run.end):
+            slot = self._slot(block_ids, position)
+            assert slot not in self.pages, f"{truth.request_id} overwrites position {position}: {self.pages[slot]}"
+            is_lost = truth.request_id in self._errors
+            record = truth.record(position, is_exact, self.weights)
+            self.pages[slot] = Record(None, position, None, 0, None, None) if is_lost else record
+
+    def _check_entry(self, extent: Extent, wanted: Entry) -> None:
+        assert self.entries.get(extent) == wanted, f"{extent} holds {self.entries.get(extent)}, not {wanted}"
+
+    def _put(self, results: JobResults, job_id: int, extent: Extent, entry: Entry, is_lost: bool) -> None:
+        """Bytes that overlap are another entry's no more, also when the write fails half-way."""
+        end = extent.offset + extent.nbytes
+        for other in list(self.entries):
+            if other.offset < end and extent.offset < other.offset + other.nbytes:
+                del self.entries[other]
+        if not is_lost:
+            self.entries[extent] = entry
+        _answer(results, job_id, "lost" if is_lost else None)
+
+
+def _answer(results: JobResults, job_id: int, error: str | None) -> None:
+    if error is None:
+        results.succeeded[job_id] = 1
+    else:
+        results.failed[job_id] = error
+
+
+def _facts(entry: Entry) -> tuple[str, str | None, int, int]:
+    return entry.identifier, entry.tenant, entry.num_tokens, entry.weights
+
+
+def _whole(span: SpanLoad) -> Run:
+    return Run(span.offset, span.offset + span.length)
