@@ -44,15 +44,6 @@ VLCACHE_HOST_DEVICE float float_of_bits(uint32_t bits) { return bits_as<float>(b
 
 VLCACHE_HOST_DEVICE uint32_t bits_of_float(float value) { return bits_as<uint32_t>(value); }
 
-// condition ? yes : no, of numbers or lane by lane of vectors, whose comparisons give 0 or -1.
-VLCACHE_HOST_DEVICE uint32_t pick(bool condition, uint32_t yes, uint32_t no) { return condition ? yes : no; }
-
-template <typename Mask, typename Bits>
-VLCACHE_HOST_DEVICE Bits pick(Mask condition, Bits yes, Bits no) {
-  const Bits mask = bits_as<Bits>(condition);
-  return (yes & mask) | (no & ~mask);
-}
-
 // Floats and their bits: float and uint32_t, or vectors of them (cpu/lanes.h).
 
 // An IEEE-like format of kMantissa + kExponent + 1 bits. Magnitudes past kLimit become kLimit, NaN becomes kNan;
@@ -72,8 +63,8 @@ struct SmallFloat {
     const Bits sign = (bits >> (kMantissa + kExponent)) << 31;
     const Bits normal = (magnitude << kShift) + kRebias;
     const Bits subnormal = bits_as<Bits>(bits_as<Float>(magnitude | kUnits) - float_of_bits(kUnits));
-    const Bits finite = pick(magnitude < (1u << kMantissa), subnormal, normal);
-    return bits_as<Float>(sign | finite | pick(magnitude >= kSpecial, Bits{} + 0x7f800000u, Bits{}));
+    const Bits finite = magnitude < (1u << kMantissa) ? subnormal : normal;
+    return bits_as<Float>(sign | (magnitude >= kSpecial ? normal | 0x7f800000u : finite));
   }
 
   template <typename Bits, typename Float>
@@ -85,9 +76,9 @@ struct SmallFloat {
     const Bits normal = (magnitude + odd + ((1u << (kShift - 1)) - 1 - kRebias)) >> kShift;
     // The adder rounds subnormals: the last bit of the sum is worth one unit of theirs.
     const Bits subnormal = bits_as<Bits>(bits_as<Float>(magnitude) + float_of_bits(kUnits)) - kUnits;
-    const Bits rounded = pick(magnitude < kRebias + (1u << 23), subnormal, normal);
-    const Bits limited = pick(rounded < kLimit, rounded, Bits{} + kLimit);
-    return sign | pick(magnitude > 0x7f800000u, Bits{} + kNan, limited);
+    const Bits rounded = magnitude < kRebias + (1u << 23) ? subnormal : normal;
+    const Bits limited = rounded < kLimit ? rounded : Bits{} + kLimit;
+    return sign | (magnitude > 0x7f800000u ? Bits{} + kNan : limited);
   }
 };
 
@@ -101,7 +92,7 @@ struct BFloat16Code {
   static VLCACHE_HOST_DEVICE Bits encode(Float value) {
     const Bits bits = bits_as<Bits>(value);
     const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return pick((bits & 0x7fffffffu) > 0x7f800000u, Bits{} + 0x7fc0u, rounded);
+    return (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
   }
 };
 

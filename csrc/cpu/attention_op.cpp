@@ -96,10 +96,21 @@ HalfLayout half_layout(const PageLayout& pages, int64_t kv) {
   return {origin, int32_t(token_step), int32_t(head_step), int32_t(dim_step), nullptr};
 }
 
+// Whether strides were found that stay within elements 0 to `end` of a block.
+bool is_inside(const HalfLayout& half, const PageLayout& pages, int64_t end) {
+  if (half.order != nullptr) return false;
+  int64_t first = half.origin, last = half.origin;
+  for (int64_t span : {(pages.block_size - 1) * half.token_stride, (pages.heads - 1) * half.head_stride,
+                       (pages.dim - 1) * half.dim_stride}) {
+    (span < 0 ? first : last) += span;
+  }
+  return first >= 0 && last <= end;
+}
+
 int64_t cost(const AttentionPlan& plan, const AttentionTile& tile) {
   int64_t rows = 0;
   for (int64_t i = 0; i < tile.count; ++i) {
-    rows += plan.params.position[tile.queries[i]] + 1 - lowest_key(plan.params, tile.queries[i]);
+    rows += int64_t(plan.params.position[tile.queries[i]]) + 1 - lowest_key(plan.params, tile.queries[i]);
   }
   return rows * plan.group + (tile.end - tile.begin) * kUnpackingRows;
 }
@@ -114,8 +125,9 @@ std::vector<AttentionTile> whole_tiles(const AttentionPlan& plan, const std::vec
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = group.first + count * part / parts, end = group.first + count * (part + 1) / parts;
       const int64_t begin = lowest_key(p, queries[first]) / kKeysPerStep * kKeysPerStep;
+      const int64_t keys_end = int64_t(p.position[queries[end - 1]]) + 1;
       for (int64_t head = 0; head < p.pages.heads; ++head) {
-        tiles.push_back({&queries[first], end - first, head, begin, p.position[queries[end - 1]] + 1, nullptr});
+        tiles.push_back({&queries[first], end - first, head, begin, keys_end, nullptr});
       }
     }
   }
@@ -186,15 +198,19 @@ void attention(const Tensor& out, const Tensor& query, const Tensor& cache, cons
                                   softmax_scale, window, soft_cap});
   const AttentionParams& p = plan.params;
   check_indices(p);
-  require_order_in_block(p.pages, cache);
+  plan.keys = half_layout(p.pages, 0);
+  plan.values = half_layout(p.pages, 1);
+  const int64_t end = last_element_of_block(cache);
+  if (!is_inside(plan.keys, p.pages, end) || !is_inside(plan.values, p.pages, end)) {
+    require_order_in_block(p.pages, cache);  // looks at each element
+  }
   const std::vector<int32_t> queries = sorted_queries(p);
   const std::vector<Group> groups = groups_of(p, queries);
   if (queries.empty()) return;
-  plan.keys = half_layout(p.pages, 0);
-  plan.values = half_layout(p.pages, 1);
   plan.group = p.query_heads / p.pages.heads;
   const int64_t threads = torch::stable::get_num_threads();
-  compute(plan, shared_out(plan, whole_tiles(plan, queries, groups), threads), threads);
+  const Work work = shared_out(plan, whole_tiles(plan, queries, groups), threads);
+  compute(plan, work, std::min<int64_t>(threads, work.tiles.size()));
 }
 
 }  // namespace

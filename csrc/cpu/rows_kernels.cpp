@@ -16,7 +16,8 @@ namespace vlcache {
 namespace VLCACHE_ISA {
 namespace {
 
-// A row of a page: its elements side by side, or wherever the layout says.
+// A row of a page: its elements side by side, or wherever the layout says. (Not PageLayout::offset: it has external
+// linkage, see numeric.h.)
 template <typename T>
 struct DenseRow {
   using Page = T;
@@ -25,14 +26,8 @@ struct DenseRow {
   DenseRow(const PageLayout& pages, T* block, int64_t kv, int64_t token, int64_t head)
       : start(block + pages.origin + kv * pages.kv_stride + token * pages.token_stride + head * pages.head_stride) {}
 
-  void get(int64_t first, int64_t count, T* values) const {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) values[i] = start[first + i];
-  }
-  void put(int64_t first, int64_t count, const T* values) const {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) start[first + i] = values[i];
-  }
+  void get(int64_t first, int64_t count, T* values) const { std::memcpy(values, start + first, count * sizeof(T)); }
+  void put(int64_t first, int64_t count, const T* values) const { std::memcpy(start + first, values, count * sizeof(T)); }
 };
 
 template <typename T>
@@ -40,12 +35,12 @@ struct ScatteredRow {
   using Page = T;
   T* start;
   int64_t step;
-  const int32_t* order;  // null: in equal steps
+  const int32_t* order = nullptr;  // null: in equal steps
 
   ScatteredRow(const PageLayout& pages, T* block, int64_t kv, int64_t token, int64_t head)
-      : start(block), step(pages.dim_stride), order(nullptr) {
+      : start(block), step(pages.dim_stride) {
     if (pages.order == nullptr) {
-      start += pages.offset(kv, token, head, 0);
+      start = DenseRow<T>(pages, block, kv, token, head).start;
     } else {
       order = pages.order + ((kv * pages.block_size + token) * pages.heads + head) * pages.dim;
     }
@@ -73,15 +68,26 @@ inline void put_one(Row row, int64_t d, float value) {
   row.put(d, 1, &rounded);
 }
 
+// Calls lanes(i) for kLanes numbers from i on, until all of [first, end) had their turn, some of the last ones twice;
+// one(i) for each number where they are fewer than kLanes.
+template <typename Lanes, typename One>
+inline void for_range(int64_t first, int64_t end, Lanes lanes, One one) {
+  if (end - first < kLanes) {
+    for (int64_t i = first; i < end; ++i) one(i);
+  } else {
+    for (int64_t i = first; i < end; i += kLanes) lanes(i + kLanes <= end ? i : end - kLanes);
+  }
+}
+
 // Dimensions first ... dim - 1 of an entry's row into a page's row. With one type on both sides the bits are copied.
 template <typename Row, typename Staged>
 inline void load_row(Row row, const Staged* staged, int64_t first, int64_t dim, float scale) {
   if constexpr (std::is_same_v<typename Row::Page, Staged>) {
     row.put(first, dim - first, staged + first);
   } else {
-    int64_t d = first;
-    for (; d + kLanes <= dim; d += kLanes) put_lanes(row, d, load_stored(staged + d) / scale);
-    for (; d < dim; ++d) put_one(row, d, to_float(staged[d]) / scale);
+    for_range(
+        first, dim, [&](int64_t d) { put_lanes(row, d, load_stored(staged + d) / scale); },
+        [&](int64_t d) { put_one(row, d, to_float(staged[d]) / scale); });
   }
 }
 
@@ -92,13 +98,16 @@ inline void save_row(Row row, Staged* staged, int64_t dim, float scale) {
     row.get(0, dim, staged);
   } else {
     Page values[kLanes];
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) {
-      row.get(d, kLanes, values);
-      store_rounded(staged + d, load_stored(values) * scale);
-    }
-    row.get(d, dim - d, values);
-    for (int64_t i = 0; d + i < dim; ++i) staged[d + i] = from_float<Staged>(to_float(values[i]) * scale);
+    for_range(
+        0, dim,
+        [&](int64_t d) {
+          row.get(d, kLanes, values);
+          store_rounded(staged + d, load_stored(values) * scale);
+        },
+        [&](int64_t d) {
+          row.get(d, 1, values);
+          staged[d] = from_float<Staged>(to_float(values[0]) * scale);
+        });
   }
 }
 
@@ -119,24 +128,27 @@ inline void load_key(const RowsParams& params, Row row, const Staged* staged, fl
   const int64_t half = turn == Turn::kNone ? 0 : params.half_rotary;
   const float* cosines = params.turns;
   const float* sines = params.turns + half;
-  int64_t i = 0;
-  for (; i + kLanes <= half; i += kLanes) {
-    const int64_t first = turn == Turn::kPairs ? 2 * i : i, second = turn == Turn::kPairs ? 2 * i + kLanes : i + half;
-    Floats x = load_stored(staged + first), y = load_stored(staged + second);
-    if constexpr (turn == Turn::kPairs) separate(x, y);
-    turn_pairs<Floats, kIsScaled>(x, y, load(cosines + i), load(sines + i), scale);
-    if constexpr (turn == Turn::kPairs) interleave(x, y);
-    put_lanes(row, first, x);
-    put_lanes(row, second, y);
-  }
-  for (; i < half; ++i) {
-    const int64_t first = turn == Turn::kPairs ? 2 * i : i, second = turn == Turn::kPairs ? 2 * i + 1 : i + half;
-    float x = to_float(staged[first]), y = to_float(staged[second]);
-    turn_pairs<float, kIsScaled>(x, y, cosines[i], sines[i], scale);
-    put_one(row, first, x);
-    put_one(row, second, y);
-  }
-  load_row(row, staged, 2 * half, params.pages.dim, scale);
+  for_range(
+      0, half,
+      [&](int64_t i) {
+        const int64_t first = turn == Turn::kPairs ? 2 * i : i;
+        const int64_t second = turn == Turn::kPairs ? 2 * i + kLanes : i + half;
+        Floats x = load_stored(staged + first), y = load_stored(staged + second);
+        if constexpr (turn == Turn::kPairs) separate(x, y);
+        turn_pairs<Floats, kIsScaled>(x, y, load(cosines + i), load(sines + i), scale);
+        if constexpr (turn == Turn::kPairs) interleave(x, y);
+        put_lanes(row, first, x);
+        put_lanes(row, second, y);
+      },
+      [&](int64_t i) {
+        const int64_t first = turn == Turn::kPairs ? 2 * i : i;
+        const int64_t second = turn == Turn::kPairs ? 2 * i + 1 : i + half;
+        float x = to_float(staged[first]), y = to_float(staged[second]);
+        turn_pairs<float, kIsScaled>(x, y, cosines[i], sines[i], scale);
+        put_one(row, first, x);
+        put_one(row, second, y);
+      });
+  if (2 * half < params.pages.dim) load_row(row, staged, 2 * half, params.pages.dim, scale);
 }
 
 struct Scales {

@@ -2,7 +2,7 @@
 //
 // A "row" is one head of one token: dim contiguous elements of the entry. Two ways to move rows:
 // - vectors: 16-byte pieces, two per thread and row. Rotation needs the element half_rotary further on, so a thread
-//   that turns keys holds a piece of the first half and its partner of the second; nothing is exchanged between threads.
+//   that turns keys holds a piece of the first half and its partner of the second; threads exchange nothing.
 //   A block moves one group of rows and ends: the hardware hands groups to multiprocessors as they become free, which
 //   balances better than a persistent grid and needs no knowledge of the device. Each thread has kUnroll x 32 bytes
 //   under way before it stores the first: 32 KiB per block, and registers let 3 or 4 blocks run on a multiprocessor. An

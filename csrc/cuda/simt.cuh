@@ -1,6 +1,6 @@
 // What the kernels ask of a GPU beyond plain C++, each as one small function. Kernels are written against these alone,
-// so that a C++ compiler can build them too: tests/kernels/emulation implements the same functions for a CPU, threads of
-// a block as fibers, and the kernels' logic is tested where there is no GPU.
+// so that a C++ compiler can build them too: tests/kernels/emulation implements the same functions for a CPU, threads
+// of a block as fibers, and the kernels' logic is tested where there is no GPU.
 #pragma once
 
 #include <cstdint>

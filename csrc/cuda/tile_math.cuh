@@ -1,6 +1,6 @@
 // The two products of attention on tiles in shared memory: scores of 16 queries and a tile of keys, and the weighted
-// sum of values. A warp does both; what it holds is spread over its lanes as the tensor cores spread a 16x8 result: lane
-// i has rows i / 4 and i / 4 + 8 (elements 0, 1 and 2, 3), columns 2 (i % 4) and the next.
+// sum of values. A warp does both; what it holds is spread over its lanes as the tensor cores spread a 16x8 result:
+// lane i has rows i / 4 and i / 4 + 8 (elements 0, 1 and 2, 3), columns 2 (i % 4) and the next.
 #pragma once
 
 #include "attention_plan.h"

@@ -25,6 +25,16 @@ Start = Callable[..., Engine]
 @pytest.fixture(scope="session")
 def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts an engine and closes it when the session ends."""
+    yield from _starting(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def start_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts an engine and closes it when the tests of this file are over: an engine takes 1 to 2 GB."""
+    yield from _starting(tmp_path_factory)
+
+
+def _starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     engines: list[Engine] = []
 
     def start(name: str, family: Family, dtype: str, connector: dict[str, Any] | None, **options: Any) -> Engine:

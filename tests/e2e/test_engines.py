@@ -11,17 +11,17 @@ from e2e.test_reuse import CLOSE, LONG, OPEN, RESOLUTION, SCENES, A, noise_of, s
 
 
 @pytest.fixture(scope="module")
-def plain_engine(start_engine: Start) -> Engine:
+def plain_engine(start_here: Start) -> Engine:
     """vLLM without any connector."""
-    return start_engine("plain", "qwen2_5_vl", "float32", None)
+    return start_here("plain", "qwen2_5_vl", "float32", None)
 
 
 @pytest.fixture(scope="module")
-def full_engine(start_engine: Start) -> Engine:
+def full_engine(start_here: Start) -> Engine:
     """Policy `full`, and the role under which vLLM keeps embedding inputs refused."""
     extra = {"host_gib": 0.03, "policy": "full"}
     config = CONNECTOR | {"kv_role": "kv_producer", "kv_connector_extra_config": extra}
-    return start_engine("full", "qwen2_5_vl", "float32", None, kv_transfer_config=config)
+    return start_here("full", "qwen2_5_vl", "float32", None, kv_transfer_config=config)
 
 
 def test_mode_off_equals_an_engine_without_the_connector(plain_engine: Engine, full_engine: Engine) -> None:
@@ -47,14 +47,14 @@ def test_the_producer_role_keeps_embedding_inputs_refused(full_engine: Engine) -
     assert not full_engine.call(inside.accepts_embedding_inputs)
 
 
-def test_the_encoder_connector_works_alone(plain_engine: Engine, start_engine: Start) -> None:
+def test_the_encoder_connector_works_alone(plain_engine: Engine, start_here: Start) -> None:
     config = {
         "ec_connector": "VLCacheECConnector",
         "ec_connector_module_path": "vlcache_connector",
         "ec_role": "ec_both",
         "ec_connector_extra_config": {"host_gib": 0.03},
     }
-    engine = start_engine("encoder", "qwen2_5_vl", "float32", None, ec_transfer_config=config)
+    engine = start_here("encoder", "qwen2_5_vl", "float32", None, ec_transfer_config=config)
     engine.call(inside.count_encoder_runs)
     first = engine.ask_one(Ask([OPEN, A, CLOSE]))
     assert engine.call(inside.count_encoder_runs) == 1
@@ -74,7 +74,7 @@ def test_the_encoder_connector_works_alone(plain_engine: Engine, start_engine: S
     assert engine.call(inside.count_encoder_runs) == 1
 
 
-def test_both_flags_together_store_kv_where_the_scheduler_thinks_it_is(start_engine: Start) -> None:
+def test_both_flags_together_store_kv_where_the_scheduler_thinks_it_is(start_here: Start) -> None:
     """The user's encoder connector is created first, without knowing any KV layout and with another size."""
     config = {
         "ec_connector": "VLCacheECConnector",
@@ -82,7 +82,7 @@ def test_both_flags_together_store_kv_where_the_scheduler_thinks_it_is(start_eng
         "ec_role": "ec_both",
         "ec_connector_extra_config": {"host_gib": 0.001},
     }
-    engine = start_engine("both", "qwen2_5_vl", "float32", {"host_gib": 0.03}, ec_transfer_config=config)
+    engine = start_here("both", "qwen2_5_vl", "float32", {"host_gib": 0.03}, ec_transfer_config=config)
     prompt = [OPEN, "first seen here ", A, CLOSE]
     expected = engine.ask_one(Ask(prompt))
     engine.forget()
@@ -92,9 +92,9 @@ def test_both_flags_together_store_kv_where_the_scheduler_thinks_it_is(start_eng
     assert answer.gap(expected) <= 2 * noise_of(engine) + RESOLUTION
 
 
-def test_passes_with_the_projects_own_attention_equal_plain_vllm(start_engine: Start) -> None:
+def test_passes_with_the_projects_own_attention_equal_plain_vllm(start_here: Start) -> None:
     """Option `attention`: recompute passes use `sparse_query_attention`, the engine's forward its own."""
-    engine = start_engine("attention", "qwen2_5_vl", "float32", {"host_gib": 0.03, "attention": "vlcache"})
+    engine = start_here("attention", "qwen2_5_vl", "float32", {"host_gib": 0.03, "attention": "vlcache"})
     limit = 2 * noise_of(engine) + RESOLUTION
     show_pictures(engine)
     engine.call(inside.count_calls, "vlcache_connector.exec.attention", "sparse_query_attention")
@@ -108,17 +108,17 @@ def test_passes_with_the_projects_own_attention_equal_plain_vllm(start_engine: S
         assert engine.call(inside.num_calls) > 0
 
 
-def test_an_attention_that_is_not_installed_stops_the_engine_with_advice(start_engine: Start) -> None:
+def test_an_attention_that_is_not_installed_stops_the_engine_with_advice(start_here: Start) -> None:
     if importlib.util.find_spec("xformers") is not None:
         pytest.skip("needs an environment without xformers")
     with pytest.raises(
         RuntimeError, match=r"option 'attention' is 'xformers', which cannot run here.*choose 'vlcache'"
     ):
-        start_engine("xformers", "qwen2_5_vl", "float32", {"attention": "xformers"})
+        start_here("xformers", "qwen2_5_vl", "float32", {"attention": "xformers"})
 
 
-def test_an_engine_that_cannot_reuse_runs_as_plain_vllm_and_says_why(start_engine: Start) -> None:
-    engine = start_engine("fp8", "qwen2_5_vl", "bfloat16", {}, kv_cache_dtype="fp8")
+def test_an_engine_that_cannot_reuse_runs_as_plain_vllm_and_says_why(start_here: Start) -> None:
+    engine = start_here("fp8", "qwen2_5_vl", "bfloat16", {}, kv_cache_dtype="fp8")
     engine.ask_one(Ask([OPEN, A, CLOSE]))
     engine.forget()
     report = engine.ask_one(Ask([OPEN, LONG, A, CLOSE])).report

@@ -12,10 +12,10 @@ KV_WORKER = "vlcache_connector.engine.kv_worker"
 
 
 @pytest.fixture(scope="module")
-def pair(start_engine: Start) -> Engine:
+def pair(start_here: Start) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one core for each worker
-        return start_engine("pair", "qwen2_5_vl", "float32", {"host_gib": 0.03}, tensor_parallel_size=2)
+        return start_here("pair", "qwen2_5_vl", "float32", {"host_gib": 0.03}, tensor_parallel_size=2)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def emulated_device(folder: Path) -> Device:
     library = folder / "cuda_emulation.so"
     command = [
         *shlex.split(os.environ.get("CXX", "g++")),
-        *("-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
+        *("-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
         *(
             "-DTORCH_TARGET_VERSION=0x020b000000000000",
             "-DTORCH_STABLE_ONLY",

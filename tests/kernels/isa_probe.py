@@ -13,7 +13,7 @@ from vlcache_connector.kernels import library, ops
 Function = Callable[..., None]
 
 FORMS = ["engine", "dim_strided", "packed"]
-SIZES = Sizes(tokens=9, heads=2, dim=86)  # pairs in whole vectors of 16 or 32, and a rest
+SIZES = Sizes(tokens=9, heads=2, dim=86)  # pairs in whole vectors of 4, 8 or 16, and a rest
 ROTARY_DIM = 82
 
 

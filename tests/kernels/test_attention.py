@@ -117,19 +117,27 @@ def test_distributions_may_be_flat_or_sharp(implementation: Implementation, spre
     check(implementation, Case(scattered([300], 20), dtype, spread=spread))
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_runs_of_many_requests_go_together(implementation: Implementation) -> None:
     queries = (*run(3, 0, 40), *run(0, 200, 230), *run(1, 5, 6), *run(0, 100, 120), *run(5, 64, 96), *run(2, 0, 1))
     check(implementation, Case(queries, torch.bfloat16, heads=2, group=4, dim=64))
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_a_request_may_have_more_queries_than_a_tile(implementation: Implementation) -> None:
     check(implementation, Case((*run(0, 30, 190), *scattered([250], 90)), torch.bfloat16, heads=1, group=4))
 
 
-def test_one_query_after_many_keys_is_shared_between_threads(implementation: Implementation) -> None:
-    check(implementation, Case(((0, 4099), (0, 4098)), torch.bfloat16, heads=1, dim=64, block_size=128))
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("window", "spread"), [(0, 1.0), (2000, 1.0), (0, 100.0)])
+def test_one_query_after_many_keys_is_shared_between_threads(
+    implementation: Implementation, window: int, spread: float
+) -> None:
+    queries = ((0, 4099), (0, 4098))
+    check(implementation, Case(queries, torch.bfloat16, dim=64, block_size=128, window=window, spread=spread))
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_many_keys_and_some_requests_with_few(implementation: Implementation) -> None:
     queries = (*scattered([2500], 9), (1, 3), (2, 700))
     check(implementation, Case(queries, heads=2, group=3, block_size=128))

@@ -140,6 +140,8 @@ WRONG_VALUES: dict[str, tuple[str, str, Change]] = {  # a GPU does not look at t
     "no pages at all": ("block_table", "engine", tensor("cache", lambda t: t[:0])),
     "table entry behind the block": ("order", "packed", order(with_value(9, 2 * 16 * 2 * 32))),
     "negative table entry": ("order", "packed", order(with_value(-1, -1))),
+    "table of strides behind the block": ("order", "cpu_engine", order(lambda t: t + 1)),
+    "table of strides before the block": ("order", "cpu_engine", order(lambda t: t - 1)),
 }
 
 

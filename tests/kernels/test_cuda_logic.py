@@ -19,7 +19,9 @@ from kernels import cuda_emulation, test_attention, test_rows, test_rows_numbers
 from kernels.attention_cases import Case, answer, build, exact, run, scattered
 from kernels.conftest import Implementation
 from kernels.cuda_emulation import ROOT, Device, emulated_device
-from kernels.paged import Sizes, as_bits, paged, random_bits, random_values, some_slots
+from kernels.paged import Sizes, as_bits, paged, random_bits, random_values
+from vlcache_connector.kernels import ref
+from vlcache_connector.kernels.ops import PageLayout
 
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -g1 -fno-omit-frame-pointer"
 
@@ -93,17 +95,33 @@ def test_other_rows_are_moved_one_element_at_a_time(
     assert not gpu.used_vectors
 
 
-def test_an_address_that_is_no_multiple_of_16_is_moved_one_element_at_a_time(
-    implementation: Implementation, gpu: Device
+STRIDES = {"block": 400, "origin": 8, "kv": 160, "token": 48, "head": 16, "entry layer": 800, "entry kv": 400}
+STRIDES |= {"entry token": 40, "entry head": 16, "entry address": 0}
+
+
+@pytest.mark.parametrize("odd", [None, *STRIDES])
+def test_every_stride_and_address_must_allow_16_bytes_at_a_time(
+    implementation: Implementation, gpu: Device, odd: str | None
 ) -> None:
-    sizes = Sizes(dim=64)
-    pages = paged("engine", sizes, torch.bfloat16, torch.device("cpu"))
-    slots = some_slots(sizes)
-    memory = random_bits((torch.Size(sizes.entry_shape).numel() + 1,), torch.bfloat16)
-    entry = memory[1:].view(sizes.entry_shape)
-    implementation.load_rows(entry, pages.caches, slots, pages.layout)
-    assert not gpu.used_vectors
-    test_rows.assert_memory_is(pages, test_rows.memory_with(pages, slots, entry))
+    """Pages and entries full of gaps; of all distances between elements, one is a single element longer."""
+    far = {name: stride + (name == odd) for name, stride in STRIDES.items()}
+    layers, tokens, heads, dim, num_blocks, block_size = 2, 7, 2, 8, 4, 3
+    pages = random_bits((layers, num_blocks * far["block"]), torch.bfloat16)
+    caches = [memory.as_strided((num_blocks, 400), (far["block"], 1)) for memory in pages]
+    memory = random_bits((layers * far["entry layer"] + 1,), torch.bfloat16)
+    steps = (far["entry layer"], far["entry kv"], far["entry token"], far["entry head"], 1)
+    entry = memory.as_strided((layers, 2, tokens, heads, dim), steps, far["entry address"])
+    layout = PageLayout(block_size, (far["origin"], far["kv"], far["token"], far["head"], 1))
+    slots = torch.tensor([5, 0, -1, 11, 3, 2, 8])
+    wanted = pages.clone()
+    copies = [copy.as_strided((num_blocks, 400), (far["block"], 1)) for copy in wanted]
+    ref.load_rows(entry, copies, slots, None, True, None, block_size, layout.strides, None)
+    implementation.load_rows(entry, caches, slots, layout)
+    assert torch.equal(as_bits(pages), as_bits(wanted))
+    assert bool(gpu.used_vectors) == (odd is None)
+    before = memory.clone()
+    implementation.save_rows(entry, caches, slots, layout)
+    assert torch.equal(as_bits(memory), as_bits(before))
 
 
 @pytest.mark.parametrize("is_neox", [True, False], ids=["neox", "gptj"])

@@ -135,6 +135,12 @@ WRONG_VALUES: dict[str, tuple[str, str, Change]] = {  # a GPU does not look at t
     "slot below -1": ("slots", "engine", slots(with_value(12, -2))),
     "huge slot": ("slots", "engine", slots(with_value(0, 2**62))),
     "table entry behind the block": ("order", "packed", order(with_value(5, 2 * 4 * 3 * 20))),
+    "table entry behind the blocks of the second cache": ("order", "packed", second_cache(lambda t: t[:, :-1])),
+    "table entry behind the blocks of the first cache": (
+        "order",
+        "packed",
+        lambda call: {**call, "caches": [call["caches"][0][:, :-1], call["caches"][1]]},
+    ),
     "negative table entry": ("order", "packed", order(with_value(-1, -1))),
 }
 WRONG_SCALES: dict[str, tuple[str, str, Change]] = {
