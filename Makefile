@@ -1,7 +1,7 @@
 # Every target that needs Python sets its environment up first: .ci/setup.sh does that, then runs Python with its arguments.
 PYTHON := .ci/setup.sh
 
-.PHONY: help setup demo test check cuda sanitize bench bench-ops bench-decode gpu clean
+.PHONY: help setup demo test check cuda sanitize bench bench-ops bench-decode soak gpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -37,6 +37,9 @@ bench-ops: ## measure the operations on the CPU, beside memcpy and the engine's 
 
 bench-decode: ## measure how evenly requests decode while long prompts are reused
 	@$(PYTHON) tests/bench/bench_decode.py
+
+soak: ## send 10000 mixed requests to a server with planted faults, and check every answer (hours on a small machine)
+	@$(PYTHON) tests/soak/soak.py --requests 10000
 
 gpu: ## test and measure the operations on this machine's GPU, with its python3 as it is
 	@.ci/gpu.sh

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import bench_rows_op
+from bench import bench_attention_op, bench_rows_op
 from bench.results import OUT, circumstances, say, warn_when_busy, write_json
 from vlcache_connector.kernels import library
 
@@ -32,7 +32,8 @@ def main() -> int:
     warn_when_busy()
     head = {**circumstances(), "cpu_isa": library.cpu_isa()}
     threads = sorted({1, min(2, len(os.sched_getaffinity(0)))})
-    write_json(RESULTS, {**head, "rows": bench_rows_op.run(threads, quick=quick)})
+    rows = bench_rows_op.run(threads, quick=quick)
+    write_json(RESULTS, {**head, "rows": rows, "attention": bench_attention_op.run(threads, quick=quick)})
     say(f"written: {RESULTS}")
     return 0
 

@@ -1,7 +1,8 @@
 """load_rows and save_rows on the CPU beside a copy of the same bytes; `bench_ops.py` runs this.
 
 Pages as the engine has them on a CPU: [block, head, 128 tokens, K and V side by side], blocks of a request in random
-order. "memcpy" is PyTorch's copy of the entry into another tensor, by as many threads as the operations get.
+order. "memcpy" is PyTorch's copy of the entry into another tensor, by as many threads as the operations get. The
+processor's caches are emptied before each: an entry is loaded long after it was saved, and into pages that others used.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vlcache_connector.kernels.ops import PageLayout, load_rows, save_rows
 
 BLOCK_SIZE = 128
 MIB = 2**20
+NBYTES_PAST_CACHES = 256 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,11 @@ def work_of(case: Case) -> Work:
 def measure(case: Case, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """One result for each number of threads. Raises `RuntimeError` when load and save do not give the entry back."""
     work = work_of(case)
+    something_else = torch.ones(NBYTES_PAST_CACHES // 4)
+
+    def read_something_else() -> None:
+        something_else.sum()
+
     functions = work.functions(with_twin=False)
     functions["load"]()
     functions["save"]()
@@ -103,10 +110,10 @@ def measure(case: Case, threads: Sequence[int], repeats: int) -> list[dict[str, 
     results = []
     for count in threads:
         torch.set_num_threads(count)
-        times = times_in_turns(functions, repeats)
+        times = times_in_turns(functions, repeats, read_something_else)
         ratios = {name: asdict(ratio(times["memcpy"], times[side])) for name, side in SIDES.items()}
         if case.mib <= 64:
-            slow = times_in_turns(work.functions(with_twin=True), 2)
+            slow = times_in_turns(work.functions(with_twin=True), 2, read_something_else)
             ratios["twin, keys turned"] = asdict(ratio(slow["memcpy"], slow["twin"]))
         seconds = sorted(times["memcpy"])[len(times["memcpy"]) // 2]
         results.append(

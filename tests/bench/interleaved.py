@@ -20,13 +20,16 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
-def times_in_turns(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function in each repeat. All run once before, unmeasured."""
+def times_in_turns(
+    functions: Mapping[str, Callable[[], object]], repeats: int, prepare: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each function in each repeat, behind a `prepare` that is not measured. All run once before."""
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            prepare()
             started = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - started)

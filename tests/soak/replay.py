@@ -1,0 +1,142 @@
+"""A reuse job once more, alone, in scratch pages: what an idle engine would have computed from the same entries.
+
+The live job may have run in several pieces over several steps, in passes that it shared with other requests, beside
+forwards, aborts and faults. Here it runs at once, and the rest of its prompt behind it, which gives the first token.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from soak.rows import read_rows, write_rows
+from vlcache_connector.engine.attention import AttentionContexts
+from vlcache_connector.engine.kv_worker import VLCacheWorker, _paged_layer
+from vlcache_connector.engine.metadata import SpanLoad
+from vlcache_connector.exec.batch import PassLimits
+from vlcache_connector.exec.model import Prompt
+from vlcache_connector.exec.pages import Pages
+from vlcache_connector.exec.recompute import Recompute, SequenceInput
+from vlcache_connector.exec.rope import position_delta
+from vlcache_connector.exec.transfer import load_runs
+from vlcache_connector.types import Run
+
+NUM_TOP = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """All pieces of one reuse job as one."""
+
+    prompt: Prompt
+    block_ids: tuple[int, ...]
+    start: int  # before it, rows are taken over from the live pages
+    spans: tuple[SpanLoad, ...]  # each with its reused runs of all pieces
+    recomputed: tuple[Run, ...]
+
+    @property
+    def end(self) -> int:
+        return max((run.end for run in (*self.recomputed, *(r for s in self.spans for r in s.reused))), default=0)
+
+
+class Replay:
+    """Scratch pages beside those of one worker, of at most `num_tokens` tokens."""
+
+    def __init__(self, worker: VLCacheWorker, num_tokens: int) -> None:
+        assert worker._pages is not None
+        self._worker = worker
+        config, spec = worker._vllm_config, worker._spec
+        layers = config.compilation_config.static_forward_context
+        self._layers: list[Any] = [layers[name] for name in worker._layer_names]
+        num_blocks = 1 - (-num_tokens // spec.block_size)
+        self._caches = [torch.zeros(num_blocks, *c.shape[1:], dtype=c.dtype) for c in worker._pages.caches]
+        named = zip(worker._layer_names, self._caches, self._layers, strict=True)
+        paged = [_paged_layer(name, cache, layer) for name, cache, layer in named]
+        self._pages = Pages(paged, spec.block_size, spec.num_kv_heads, spec.head_size)
+        self._blocks = tuple(range(1, num_blocks))
+        self._stack = _Listening(worker._stack)
+        contexts = AttentionContexts(config, spec, worker._layer_names, self._pages)
+        limits = PassLimits(config.scheduler_config.max_num_batched_tokens, config.scheduler_config.max_num_seqs)
+        self._pass = Recompute(self._stack, contexts, spec.block_size, limits, self._pages.device)
+
+    def rows(self, job: Job, max_run: int | None = None) -> torch.Tensor:
+        """Rows [layers, 2, tokens, ...] from `job.start` to its end; with `max_run`, in passes of so few tokens."""
+        live, slab, stack = self._worker._pages, self._worker._session.slab, self._worker._stack
+        assert live is not None
+        if job.start:
+            before = Run(0, job.start)
+            write_rows(self._pages, self._blocks, before, read_rows(live, job.block_ids, before))
+        positions = stack.positions(job.prompt)
+        for span in job.spans:
+            wanted = positions[:, span.offset : span.offset + span.length]
+            delta = position_delta(slab.positions(span.kv, span.length), wanted)
+            entry = slab.kv(span.kv, span.length)
+            load_runs(self._pages, stack.rope, entry, span.offset, delta, span.reused, self._blocks)
+        embeddings = [(s.offset, slab.embedding(s.embedding, s.length)) for s in job.spans]
+        for runs in [job.recomputed] if max_run is None else [(run,) for run in _cut(job.recomputed, max_run)]:
+            self._compute(job.prompt, positions, runs, embeddings)
+        return read_rows(self._pages, self._blocks, Run(job.start, job.end))
+
+    def first_token(
+        self, prompt: Prompt, covered: int, block_ids: Sequence[int] | None = None
+    ) -> list[tuple[int, float]]:
+        """The likeliest first tokens behind a prompt of which `covered` tokens are in place: in the scratch pages, or
+        in the live blocks `block_ids`; the rest is text.
+        """
+        if block_ids is not None:
+            assert self._worker._pages is not None
+            before = Run(0, covered)
+            write_rows(self._pages, self._blocks, before, read_rows(self._worker._pages, block_ids, before))
+        positions = self._worker._stack.positions(prompt)
+        self._compute(prompt, positions, (Run(covered, len(prompt.token_ids)),), [])
+        hidden, residual = self._stack.last
+        stack: Any = self._worker._stack
+        normed, _ = stack._decoder.norm(hidden[-1:], residual[-1:])
+        top = stack._model.compute_logits(normed)[0].float().log_softmax(-1).topk(NUM_TOP)
+        return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+    def _compute(
+        self,
+        prompt: Prompt,
+        positions: torch.Tensor,
+        runs: Sequence[Run],
+        embeddings: list[tuple[int, torch.Tensor]],
+    ) -> None:
+        token_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
+        with self._in_place():
+            self._pass.run([SequenceInput(token_ids, positions, self._blocks, runs, embeddings)])
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """The attention layers see the scratch pages."""
+        live = [layer.kv_cache for layer in self._layers]
+        try:
+            for layer, cache in zip(self._layers, self._caches, strict=True):
+                layer.kv_cache = cache
+            yield
+        finally:
+            for layer, cache in zip(self._layers, live, strict=True):
+                layer.kv_cache = cache
+
+
+class _Listening:
+    """A layer stack that keeps what its last call returned."""
+
+    def __init__(self, stack: Any) -> None:
+        self._stack = stack
+        self.last: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stack, name)
+
+    def run_layer(self, *args: Any) -> Any:
+        self.last = self._stack.run_layer(*args)
+        return self.last
+
+
+def _cut(runs: Sequence[Run], most: int) -> Iterator[Run]:
+    for run in runs:
+        for start in range(run.start, run.end, most):
+            yield Run(start, min(start + most, run.end))
