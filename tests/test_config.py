@@ -27,6 +27,7 @@ OPTIONS: dict[str, tuple[list[Any], list[Any], str]] = {
         [0, 0.0, -1, -0.5, NAN, INF, -INF, True, False, "4", None, [4]],
         "above 0",
     ),
+    "attention": (["engine", "vlcache", "xformers"], ["", "flash", None, 1, ["engine"]], "one of"),
     "min_reuse_tokens": ([1, 64, 10**6], [0, -1, 1.0, 64.5, NAN, INF, True, False, "64", None, [1]], "from 1"),
     "trust_client_uuids": ([True, False], [0, 1, "true", None, [], 1.0], "true or false"),
 }
@@ -53,6 +54,7 @@ def test_an_empty_configuration_gives_the_documented_defaults() -> None:
         "recompute_ratio": 0.05,
         "host_gib": 4.0,
         "min_reuse_tokens": 64,
+        "attention": "engine",
         "trust_client_uuids": False,
     }
 
