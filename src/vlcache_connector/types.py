@@ -110,3 +110,12 @@ class Extent:
 
     offset: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EntryClass:
+    """What quotas and times to live go by."""
+
+    kind: str  # "kv" or "embedding"
+    modality: str  # "image"
+    tenant: str = ""  # 16 hex digits that stand for a cache_salt; empty without one

@@ -71,6 +71,21 @@ def test_a_picture_behind_a_reused_one_is_learnt_when_the_engine_is_idle(fresh: 
     assert fresh.call(inside.count_encoder_runs) == 0
 
 
+def test_a_picture_that_the_engine_had_encoded_for_a_request_in_mode_off_is_learnt_as_well(fresh: Engine) -> None:
+    """Its encoder output is in the engine's own cache, so the encoder connector is never asked about it."""
+    show_pictures(fresh)
+    before = fresh.call(inside.num_kv_entries)
+    new = Picture(23)
+    fresh.ask_one(Ask([OPEN, new, CLOSE], "off"))
+    fresh.call(inside.counters)
+    fresh.call(inside.count_encoder_runs)
+    assert fresh.ask_one(Ask([OPEN, LONG, A, "and", new, "same?", CLOSE], ratio=0.05)).report["reused_tokens"] > 0
+    assert fresh.call(inside.count_encoder_runs) == 0
+    fresh.call(inside.run_idle)
+    assert fresh.call(inside.num_kv_entries) == before + 1
+    assert "dropped_saves:not_compiled" not in fresh.call(inside.counters)
+
+
 def test_an_idle_engine_computes_the_entry_exactly(fresh: Engine, bound: float) -> None:  # noqa: F811
     show_pictures(fresh)
     before = fresh.call(inside.num_kv_entries)

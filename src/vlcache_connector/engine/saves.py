@@ -38,27 +38,30 @@ class SavePlanner:
             if self._session.index.holds(span.kv_key):
                 continue
             if state.is_approximate:
+                self._save_embedding(state, number, metadata)  # what it is computed from later
                 self.compiles.add(span, state.prompt(span.end))
-            else:
-                self._save(state, number, metadata)
+            elif self._save(state, number, metadata):
+                self._save_embedding(state, number, metadata)
 
-    def _save(self, state: RequestState, number: int, metadata: VLCacheMetadata) -> None:
+    def _save(self, state: RequestState, number: int, metadata: VLCacheMetadata) -> bool:
+        """False when there is no room."""
         assert self._kv_cache_manager is not None
         session, span = self._session, state.spans[number]
         entry = session.reserve(span.kv_key, session.layout.kv_nbytes(span.length), span.length)
         if entry is None:
-            return
+            return False
         (block_ids,) = self._kv_cache_manager.get_block_ids(state.request.request_id)
         job_id = session.new_job(written=entry)
         request_id = state.request.request_id
         save = SaveJob(job_id, request_id, state.prompt(span.end), tuple(block_ids), span.run, entry.extent)
         metadata.saves.append(save)
-        if not session.index.holds(span.embedding_key) and span.embedding_key not in session.wanted_embeddings:
-            self._save_embedding(state, number, metadata)
+        return True
 
     def _save_embedding(self, state: RequestState, number: int, metadata: VLCacheMetadata) -> None:
-        """The engine had this embedding in its own encoder cache, so the encoder connector was not asked."""
+        """Where the engine had this embedding in its own encoder cache, the encoder connector was not asked."""
         session, span = self._session, state.spans[number]
+        if session.index.holds(span.embedding_key) or span.embedding_key in session.wanted_embeddings:
+            return
         entry = session.reserve(span.embedding_key, session.layout.embedding_nbytes(span.length), span.length)
         if entry is None:
             return

@@ -1,0 +1,72 @@
+"""What all tiers share: how an entry's bytes are named, and what a tier below the host tier can do. No torch."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vlcache_connector.errors import VLCacheError
+from vlcache_connector.types import EntryClass
+
+
+class EntryLostError(VLCacheError):
+    """A tier cannot give an entry back: it is gone, damaged, or not what its name says. Always a miss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of an entry, where it lies in memory.
+
+    `KV` entries have a part `layer.I` for each layer, shape [2, tokens, heads, dim], and `positions`, [3, tokens] I32;
+    embedding entries have one part `embedding`, [tokens, width]. `dtype` is safetensors' name of it (BF16, F16, F32).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    buffer: memoryview  # of bytes, contiguous, writable
+
+
+@dataclass(frozen=True, slots=True)
+class EntryMeta:
+    """What a tier keeps beside the bytes of an entry."""
+
+    key: bytes  # 32 bytes
+    num_tokens: int
+    entry_class: EntryClass
+    provenance: dict[str, str] = field(default_factory=dict)  # versions, and what the entry was computed under
+
+
+class Tier(Protocol):
+    """A place below the host tier. `find` is called on the scheduler's path: a dictionary look-up, no I/O. Everything
+    else blocks and is called by I/O threads, several at a time.
+
+    The bytes of an entry are one sequence of parts per rank; an entry is there only when all ranks' parts are.
+    """
+
+    name: str  # in metrics, reports and logs
+
+    def find(self, key: bytes) -> int | None:
+        """Tokens of the entry, or None when it is not there."""
+        ...
+
+    def read(self, meta: EntryMeta, ranks: Sequence[Sequence[Part]]) -> None:
+        """Fill all parts with verified bytes. Raises `EntryLostError`; the entry is not found any more then."""
+        ...
+
+    def write(self, meta: EntryMeta, ranks: Sequence[Sequence[Part]]) -> None:
+        """Keep an entry. Raises `OSError` when it could not be kept; nothing is left behind then."""
+        ...
+
+    def entries(self) -> Iterator[EntryMeta]:
+        """What is there now, in no particular order; provenance may be missing."""
+        ...
+
+    def clear(self) -> int:
+        """Remove all entries; returns how many."""
+        ...
+
+    def check(self) -> list[str]:
+        """Compare index and bytes; one sentence for each disagreement, none when all is well."""
+        ...
+
+    def close(self) -> None: ...
