@@ -159,7 +159,7 @@ inline int64_t last_element_of_block(const Tensor& cache) {
   return last;
 }
 
-// Where (K or V, token, head, dim) of a block lies: five strides or an order table, as in `PageLayout` of ops.py. The
+// Where (K or V, token, head, dim) of a block lies: strides or an order table, as in `PageLayout` of ops.py. The
 // strides are checked against the memory of a block of `cache`; the values of a table only by `require_order_in_block`.
 inline PageLayout require_layout(const Tensor& cache, const std::string& cache_name, int64_t heads, int64_t dim,
                                  int64_t block_size, const std::vector<int64_t>& layout,
@@ -181,24 +181,22 @@ inline PageLayout require_layout(const Tensor& cache, const std::string& cache_n
     pages.order = static_cast<const int32_t*>(order->const_data_ptr());
     return pages;
   }
-  require(layout.size() == 5, "layout: expected 5 numbers (origin and strides of K/V, token, head, dim), found ",
-          layout.size());
-  pages.origin = layout[0];
-  pages.kv_stride = layout[1];
-  pages.token_stride = layout[2];
-  pages.head_stride = layout[3];
-  pages.dim_stride = layout[4];
-  if (heads == 0 || dim == 0) return pages;
-  Wide first = pages.origin, last = pages.origin;
-  const int64_t sizes[] = {2, block_size, heads, dim};
-  for (int i = 0; i < 4; ++i) {
-    const Wide span = Wide(layout[i + 1]) * (sizes[i] - 1);
-    (span < 0 ? first : last) += span;
-  }
+  require(layout.size() == 8, "layout: expected 8 numbers (origin and strides of token, head, dim; of K, then of V)",
+          ", found ", layout.size());
   const int64_t end = last_element_of_block(cache);
-  require(first >= 0 && last <= end, "layout: expected elements 0 to ", end, " of a block of ", cache_name,
-          ", found one that reaches outside (", list_text(layout), " for block_size ", block_size, ", ", heads,
-          " heads of ", dim, ")");
+  for (int kv = 0; kv < 2; ++kv) {
+    const int64_t* numbers = layout.data() + 4 * kv;
+    pages.halves[kv] = {numbers[0], numbers[1], numbers[2], numbers[3]};
+    if (heads == 0 || dim == 0) continue;
+    Wide first = numbers[0], last = numbers[0];
+    for (const Wide span : {Wide(numbers[1]) * (block_size - 1), Wide(numbers[2]) * (heads - 1),
+                            Wide(numbers[3]) * (dim - 1)}) {
+      (span < 0 ? first : last) += span;
+    }
+    require(first >= 0 && last <= end, "layout: expected elements 0 to ", end, " of a block of ", cache_name,
+            ", found one that reaches outside (", list_text(layout), " for block_size ", block_size, ", ", heads,
+            " heads of ", dim, ")");
+  }
   return pages;
 }
 

@@ -15,18 +15,23 @@ constexpr int64_t kMaxLayers = 256;  // of one call: the pointers travel with a 
 
 enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kFloat8E5M2 };
 
+// Where the keys or the values of a block lie, in elements.
+struct Strides {
+  int64_t origin, token, head, dim;
+};
+
 // Where the elements of a block lie. Offsets and strides count elements.
 struct PageLayout {
   int64_t block_size;
   int64_t block_stride;
-  int64_t origin;
-  int64_t kv_stride, token_stride, head_stride, dim_stride;
+  Strides halves[2];     // of keys, of values
   const int32_t* order;  // packed pages: element (K or V, token, head, dim) -> offset in the block; else null
   int64_t heads, dim;
 
   VLCACHE_HOST_DEVICE int64_t offset(int64_t kv, int64_t token, int64_t head, int64_t d) const {
     if (order != nullptr) return order[((kv * block_size + token) * heads + head) * dim + d];
-    return origin + kv * kv_stride + token * token_stride + head * head_stride + d * dim_stride;
+    const Strides& strides = halves[kv];
+    return strides.origin + token * strides.token + head * strides.head + d * strides.dim;
   }
 };
 

@@ -12,15 +12,8 @@ namespace vlcache {
 constexpr int64_t kKeysPerStep = 128;  // keys and values that are unpacked at a time
 constexpr int64_t kMaxLanes = 16;      // of any instruction set's vectors
 
-// Where keys or values lie in a block: strides, or the order table of the layout when no strides describe it.
-struct HalfLayout {
-  int64_t origin, token_stride, head_stride, dim_stride;
-  const int32_t* order;  // [token, head, dim]
-};
-
 struct AttentionPlan {
   AttentionParams params;
-  HalfLayout keys, values;
   int64_t group;  // query heads per KV head
 };
 

@@ -73,40 +73,6 @@ std::vector<Group> groups_of(const AttentionParams& p, const std::vector<int32_t
   return groups;
 }
 
-// What an order table says about keys (kv = 0) or values (1) is often a matter of strides, only not of the same ones.
-HalfLayout half_layout(const PageLayout& pages, int64_t kv) {
-  if (pages.order == nullptr) {
-    return {pages.origin + kv * pages.kv_stride, pages.token_stride, pages.head_stride, pages.dim_stride, nullptr};
-  }
-  // Unsigned, since steps between arbitrary entries may overflow.
-  const auto* order = reinterpret_cast<const uint32_t*>(pages.order) + kv * pages.block_size * pages.heads * pages.dim;
-  const uint32_t origin = order[0];
-  const uint32_t dim_step = pages.dim > 1 ? order[1] - origin : 1;
-  const uint32_t head_step = pages.heads > 1 ? order[pages.dim] - origin : 0;
-  const uint32_t token_step = pages.block_size > 1 ? order[pages.heads * pages.dim] - origin : 1;
-  const uint32_t* row = order;
-  for (int64_t token = 0; token < pages.block_size; ++token) {
-    for (int64_t head = 0; head < pages.heads; ++head, row += pages.dim) {
-      const uint32_t start = origin + uint32_t(token) * token_step + uint32_t(head) * head_step;
-      uint32_t differences = 0;
-      for (uint32_t d = 0; d < pages.dim; ++d) differences |= row[d] ^ (start + d * dim_step);
-      if (differences != 0) return {0, 0, 0, 0, pages.order + (order - reinterpret_cast<const uint32_t*>(pages.order))};
-    }
-  }
-  return {origin, int32_t(token_step), int32_t(head_step), int32_t(dim_step), nullptr};
-}
-
-// Whether strides were found that stay within elements 0 to `end` of a block.
-bool is_inside(const HalfLayout& half, const PageLayout& pages, int64_t end) {
-  if (half.order != nullptr) return false;
-  int64_t first = half.origin, last = half.origin;
-  for (int64_t span : {(pages.block_size - 1) * half.token_stride, (pages.heads - 1) * half.head_stride,
-                       (pages.dim - 1) * half.dim_stride}) {
-    (span < 0 ? first : last) += span;
-  }
-  return first >= 0 && last <= end;
-}
-
 int64_t cost(const AttentionPlan& plan, const AttentionTile& tile) {
   int64_t rows = 0;
   for (int64_t i = 0; i < tile.count; ++i) {
@@ -198,12 +164,7 @@ void attention(const Tensor& out, const Tensor& query, const Tensor& cache, cons
                                   softmax_scale, window, soft_cap});
   const AttentionParams& p = plan.params;
   check_indices(p);
-  plan.keys = half_layout(p.pages, 0);
-  plan.values = half_layout(p.pages, 1);
-  const int64_t end = last_element_of_block(cache);
-  if (!is_inside(plan.keys, p.pages, end) || !is_inside(plan.values, p.pages, end)) {
-    require_order_in_block(p.pages, cache);  // looks at each element
-  }
+  require_order_in_block(p.pages, cache);
   const std::vector<int32_t> queries = sorted_queries(p);
   const std::vector<Group> groups = groups_of(p, queries);
   if (queries.empty()) return;

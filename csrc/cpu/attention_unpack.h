@@ -33,25 +33,28 @@ inline void visit_blocks(const PageLayout& pages, const Step& step, Visit visit)
   }
 }
 
-// rows[i]: the dimensions of key i, in the pages where they are neighbours there, else copied to `staged`.
+// rows[i]: the dimensions of key (kv 0) or value (kv 1) i, in the pages where they are neighbours there, else copied to
+// `staged`.
 template <typename T>
-inline void find_rows(const AttentionParams& p, const HalfLayout& half, const Step& step, T* staged, const T** rows) {
+inline void find_rows(const AttentionParams& p, int64_t kv, const Step& step, T* staged, const T** rows) {
   const T* cache = static_cast<const T*>(p.cache);
   const int64_t dim = p.pages.dim;
+  const Strides& strides = p.pages.halves[kv];
   visit_blocks(p.pages, step, [&](int64_t column, int64_t number, int64_t block, int64_t token) {
     for (int64_t i = 0; i < number; ++i) {
       const T* from = cache + block;
       T* copy = staged + (column + i) * dim;
-      if (half.order != nullptr) {
-        const int32_t* order = half.order + ((token + i) * p.pages.heads + step.head) * dim;
+      if (p.pages.order != nullptr) {
+        const int64_t row = (kv * p.pages.block_size + token + i) * p.pages.heads + step.head;
+        const int32_t* order = p.pages.order + row * dim;
         for (int64_t d = 0; d < dim; ++d) copy[d] = from[order[d]];
       } else {
-        from += half.origin + (token + i) * half.token_stride + step.head * half.head_stride;
-        if (half.dim_stride != 1) {
-          for (int64_t d = 0; d < dim; ++d) copy[d] = from[d * half.dim_stride];
+        from += strides.origin + (token + i) * strides.token + step.head * strides.head;
+        if (strides.dim != 1) {
+          for (int64_t d = 0; d < dim; ++d) copy[d] = from[d * strides.dim];
         }
       }
-      rows[column + i] = half.order == nullptr && half.dim_stride == 1 ? from : copy;
+      rows[column + i] = p.pages.order == nullptr && strides.dim == 1 ? from : copy;
     }
   });
 }
@@ -96,23 +99,24 @@ inline void transpose_keys(const T* const* rows, const Step& step, int64_t dim, 
 
 // Pages whose neighbours are the keys of one dimension, the order of the panels.
 template <typename Unit, typename T>
-inline void copy_keys(const AttentionParams& p, const HalfLayout& half, const Step& step, float* keys) {
+inline void copy_keys(const AttentionParams& p, const Step& step, float* keys) {
+  const Strides& strides = p.pages.halves[0];
   const int64_t dim = p.pages.dim;
   constexpr int64_t kPerUnit = std::is_same_v<Unit, float> ? 1 : 2;
   const int64_t depth = (dim + kPerUnit - 1) / kPerUnit;
   visit_blocks(p.pages, step, [&](int64_t column, int64_t number, int64_t block, int64_t token) {
-    const T* from = static_cast<const T*>(p.cache) + block + half.origin + token + step.head * half.head_stride;
+    const T* from = static_cast<const T*>(p.cache) + block + strides.origin + token + step.head * strides.head;
     for (const int64_t end = column + number; column < end;) {
       const int64_t room = kColumns - column % kColumns;
       const int64_t part = room < end - column ? room : end - column;
       float* to = keys + column / kColumns * kColumns * depth + column % kColumns;
       for (int64_t unit = 0; unit < depth; ++unit) {
-        const T* first = from + unit * kPerUnit * half.dim_stride;
+        const T* first = from + unit * kPerUnit * strides.dim;
         if constexpr (kPerUnit == 1) {
 #pragma omp simd
           for (int64_t i = 0; i < part; ++i) to[unit * kColumns + i] = to_float(first[i]);
         } else {
-          const T* second = first + half.dim_stride;
+          const T* second = first + strides.dim;
           const bool has_second = 2 * unit + 1 < dim;
 #pragma omp simd
           for (int64_t i = 0; i < part; ++i) {
@@ -129,21 +133,21 @@ inline void copy_keys(const AttentionParams& p, const HalfLayout& half, const St
 
 template <typename Unit, typename T>
 inline void unpack_keys(const AttentionPlan& plan, const Step& step, float* staged, float* keys) {
-  const HalfLayout& half = plan.keys;
-  if (half.order == nullptr && half.dim_stride != 1 && half.token_stride == 1) {
-    copy_keys<Unit, T>(plan.params, half, step, keys);
+  const PageLayout& pages = plan.params.pages;
+  if (pages.order == nullptr && pages.halves[0].dim != 1 && pages.halves[0].token == 1) {
+    copy_keys<Unit, T>(plan.params, step, keys);
     return;
   }
   const T* rows[kKeysPerStep];
-  find_rows(plan.params, half, step, reinterpret_cast<T*>(staged), rows);
-  transpose_keys<Unit>(rows, step, plan.params.pages.dim, keys);
+  find_rows(plan.params, 0, step, reinterpret_cast<T*>(staged), rows);
+  transpose_keys<Unit>(rows, step, pages.dim, keys);
 }
 
 template <typename T>
 inline void unpack_values(const AttentionPlan& plan, const Step& step, float* staged, float* values) {
   const T* rows[kKeysPerStep];
   const int64_t dim = plan.params.pages.dim;
-  find_rows(plan.params, plan.values, step, reinterpret_cast<T*>(staged), rows);
+  find_rows(plan.params, 1, step, reinterpret_cast<T*>(staged), rows);
   for (int64_t first = 0; first < dim; first += kLanes) {
     float* panel = values + first / kColumns * kColumns * kKeysPerStep + first % kColumns;
     for (int64_t key = step.skip; key < step.count; ++key) {

@@ -1,238 +1,221 @@
 // Rows between staged entries and pages on the CPU: copied, converted, keys rotated. Compiled once per instruction set.
 //
 // Tokens are the outer loop and heads the inner one, so that an entry is read or written from front to back, which the
-// processor's prefetcher likes: the other order costs half of the speed. Pages are reached in runs of a head's rows.
+// processor's prefetcher likes: the other order costs half of the speed. Pages whose neighbours are the tokens of one
+// dimension are reached by way of squares of some tokens and dimensions, which are transposed in registers.
 
 #include "cpu/rows_kernels.h"
 
 #include <cstdint>
-#include <cstring>
+#include <memory>
 #include <type_traits>
 
-#include "cpu/lanes.h"
-#include "numeric.h"
+#include "cpu/row.h"
+#include "cpu/transpose.h"
 
 namespace vlcache {
 namespace VLCACHE_ISA {
 namespace {
 
-// A row of a page: its elements side by side, or wherever the layout says. (Not PageLayout::offset: it has external
-// linkage, see numeric.h.)
-template <typename T>
-struct DenseRow {
-  using Page = T;
-  T* start;
+// Of pages that are reached by way of a tile: the rows that it has room for.
+constexpr int64_t kTokensAtOnce = 128;
 
-  DenseRow(const PageLayout& pages, T* block, int64_t kv, int64_t token, int64_t head)
-      : start(block + pages.origin + kv * pages.kv_stride + token * pages.token_stride + head * pages.head_stride) {}
+// How keys or values lie in a block.
+enum class Way { kDense, kScattered, kTransposed };
 
-  void get(int64_t first, int64_t count, T* values) const { std::memcpy(values, start + first, count * sizeof(T)); }
-  void put(int64_t first, int64_t count, const T* values) const { std::memcpy(start + first, values, count * sizeof(T)); }
+inline Way way_of(const PageLayout& pages, int64_t kv) {
+  if (pages.order != nullptr) return Way::kScattered;
+  if (pages.halves[kv].dim == 1) return Way::kDense;
+  return pages.halves[kv].token == 1 ? Way::kTransposed : Way::kScattered;
+}
+
+// Neighbouring tokens of a layer that go into neighbouring slots of a block.
+template <typename Page, typename Staged>
+struct Run {
+  int64_t layer;
+  Staged* staged;  // keys of the first token
+  Page* block;
+  int64_t offset, count;
+  Page* next;  // block of the token behind them; null: there is none
 };
 
-template <typename T>
-struct ScatteredRow {
-  using Page = T;
-  T* start;
-  int64_t step;
-  const int32_t* order = nullptr;  // null: in equal steps
-
-  ScatteredRow(const PageLayout& pages, T* block, int64_t kv, int64_t token, int64_t head)
-      : start(block), step(pages.dim_stride) {
-    if (pages.order == nullptr) {
-      start = DenseRow<T>(pages, block, kv, token, head).start;
-    } else {
-      order = pages.order + ((kv * pages.block_size + token) * pages.heads + head) * pages.dim;
-    }
-  }
-
-  int64_t offset(int64_t d) const { return order != nullptr ? order[d] : d * step; }
-  void get(int64_t first, int64_t count, T* values) const {
-    for (int64_t i = 0; i < count; ++i) values[i] = start[offset(first + i)];
-  }
-  void put(int64_t first, int64_t count, const T* values) const {
-    for (int64_t i = 0; i < count; ++i) start[offset(first + i)] = values[i];
-  }
-};
-
-template <typename Row>
-inline void put_lanes(Row row, int64_t first, Floats values) {
-  typename Row::Page rounded[kLanes];
-  store_rounded(rounded, values);
-  row.put(first, kLanes, rounded);
-}
-
-template <typename Row>
-inline void put_one(Row row, int64_t d, float value) {
-  const auto rounded = from_float<typename Row::Page>(value);
-  row.put(d, 1, &rounded);
-}
-
-// Calls lanes(i) for kLanes numbers from i on, until all of [first, end) had their turn, some of the last ones twice;
-// one(i) for each number where they are fewer than kLanes.
-template <typename Lanes, typename One>
-inline void for_range(int64_t first, int64_t end, Lanes lanes, One one) {
-  if (end - first < kLanes) {
-    for (int64_t i = first; i < end; ++i) one(i);
-  } else {
-    for (int64_t i = first; i < end; i += kLanes) lanes(i + kLanes <= end ? i : end - kLanes);
-  }
-}
-
-// Dimensions first ... dim - 1 of an entry's row into a page's row. With one type on both sides the bits are copied.
-template <typename Row, typename Staged>
-inline void load_row(Row row, const Staged* staged, int64_t first, int64_t dim, float scale) {
-  if constexpr (std::is_same_v<typename Row::Page, Staged>) {
-    row.put(first, dim - first, staged + first);
-  } else {
-    for_range(
-        first, dim, [&](int64_t d) { put_lanes(row, d, load_stored(staged + d) / scale); },
-        [&](int64_t d) { put_one(row, d, to_float(staged[d]) / scale); });
-  }
-}
-
-template <typename Row, typename Staged>
-inline void save_row(Row row, Staged* staged, int64_t dim, float scale) {
-  using Page = typename Row::Page;
-  if constexpr (std::is_same_v<Page, Staged>) {
-    row.get(0, dim, staged);
-  } else {
-    Page values[kLanes];
-    for_range(
-        0, dim,
-        [&](int64_t d) {
-          row.get(d, kLanes, values);
-          store_rounded(staged + d, load_stored(values) * scale);
-        },
-        [&](int64_t d) {
-          row.get(d, 1, values);
-          staged[d] = from_float<Staged>(to_float(values[0]) * scale);
-        });
-  }
-}
-
-// How the keys of a call turn. kPairs: (2i, 2i + 1) belong together, else (i, i + half).
-enum class Turn { kNone, kHalves, kPairs };
-
-// Of one pair (Float is float) or of kLanes of them. What is stored of a page's own type is not scaled.
-template <typename Float, bool kIsScaled>
-inline void turn_pairs(Float& x, Float& y, Float cosine, Float sine, float scale) {
-  const Float turned_x = x * cosine - y * sine, turned_y = y * cosine + x * sine;
-  x = kIsScaled ? turned_x / scale : turned_x;
-  y = kIsScaled ? turned_y / scale : turned_y;
-}
-
-template <Turn turn, typename Row, typename Staged>
-inline void load_key(const RowsParams& params, Row row, const Staged* staged, float scale) {
-  constexpr bool kIsScaled = !std::is_same_v<typename Row::Page, Staged>;
-  const int64_t half = turn == Turn::kNone ? 0 : params.half_rotary;
-  const float* cosines = params.turns;
-  const float* sines = params.turns + half;
-  for_range(
-      0, half,
-      [&](int64_t i) {
-        const int64_t first = turn == Turn::kPairs ? 2 * i : i;
-        const int64_t second = turn == Turn::kPairs ? 2 * i + kLanes : i + half;
-        Floats x = load_stored(staged + first), y = load_stored(staged + second);
-        if constexpr (turn == Turn::kPairs) separate(x, y);
-        turn_pairs<Floats, kIsScaled>(x, y, load(cosines + i), load(sines + i), scale);
-        if constexpr (turn == Turn::kPairs) interleave(x, y);
-        put_lanes(row, first, x);
-        put_lanes(row, second, y);
-      },
-      [&](int64_t i) {
-        const int64_t first = turn == Turn::kPairs ? 2 * i : i;
-        const int64_t second = turn == Turn::kPairs ? 2 * i + 1 : i + half;
-        float x = to_float(staged[first]), y = to_float(staged[second]);
-        turn_pairs<float, kIsScaled>(x, y, cosines[i], sines[i], scale);
-        put_one(row, first, x);
-        put_one(row, second, y);
-      });
-  if (2 * half < params.pages.dim) load_row(row, staged, 2 * half, params.pages.dim, scale);
-}
-
-struct Scales {
-  float key, value;
-};
-
-inline Scales scales_of(const RowsParams& params, int64_t layer) {
-  if (params.scales == nullptr) return {1.0f, 1.0f};
-  return {params.scales[2 * layer], params.scales[2 * layer + 1]};
-}
-
-// Calls visit(layer, entry rows of the token, block, offset in the block) for each row of [first, end) with a slot.
+// Calls visit(run) for the rows of [first, end) with a slot, kTokensAtOnce of them at most.
 template <typename Page, typename Staged, typename Visit>
-inline void for_rows(const RowsParams& params, int64_t first, int64_t end, Visit visit) {
+inline void for_runs(const RowsParams& params, int64_t first, int64_t end, Visit visit) {
   const PageLayout& pages = params.pages;
-  int64_t layer = first / params.tokens, token = first % params.tokens;
-  for (int64_t row = first; row < end; ++row) {
-    const int64_t slot = params.slots[token];
-    if (slot >= 0) {
-      Page* cache = static_cast<Page*>(params.caches[layer]);
-      Staged* entry = static_cast<Staged*>(params.entry);
-      visit(layer, entry + layer * params.entry_layer_stride + token * params.entry_token_stride,
-            cache + slot / pages.block_size * pages.block_stride, slot % pages.block_size);
+  while (first < end) {
+    const int64_t layer = first / params.tokens, token = first % params.tokens, slot = params.slots[token];
+    if (slot < 0) {
+      ++first;
+      continue;
     }
-    if (++token == params.tokens) {
-      token = 0;
-      ++layer;
+    int64_t most = kTokensAtOnce;
+    for (int64_t limit : {pages.block_size - slot % pages.block_size, params.tokens - token, end - first}) {
+      most = limit < most ? limit : most;
     }
+    int64_t count = 1;
+    while (count < most && params.slots[token + count] == slot + count) ++count;
+    const auto block_of = [&](int64_t s) {
+      return static_cast<Page*>(params.caches[layer]) + s / pages.block_size * pages.block_stride;
+    };
+    const int64_t next = token + count < params.tokens ? params.slots[token + count] : -1;
+    Staged* entry = static_cast<Staged*>(params.entry);
+    visit(Run<Page, Staged>{layer, entry + layer * params.entry_layer_stride + token * params.entry_token_stride,
+                            block_of(slot), slot % pages.block_size, count, next < 0 ? nullptr : block_of(next)});
+    first += count;
   }
 }
 
-template <Turn turn, typename Row, typename Staged>
-void load(const RowsParams& params, int64_t first, int64_t end) {
-  using Page = typename Row::Page;
+// Calls visit(token of the run, head, row of the entry) for keys (kv 0) or values (1).
+template <typename Run, typename Visit>
+inline void for_rows(const RowsParams& params, const Run& run, int64_t kv, Visit visit) {
+  for (int64_t i = 0; i < run.count; ++i) {
+    auto* staged = run.staged + kv * params.entry_kv_stride + i * params.entry_token_stride;
+    for (int64_t head = 0; head < params.pages.heads; ++head, staged += params.entry_head_stride) visit(i, head, staged);
+  }
+}
+
+inline float scale_of(const RowsParams& params, int64_t layer, int64_t kv) {
+  return params.scales == nullptr ? 1.0f : params.scales[2 * layer + kv];
+}
+
+// A step that walks through transposed pages asks for what the next one needs: other pages lie in runs of which the
+// processor finds out by itself.
+template <typename Page>
+inline void prefetch_square(const Page* first, int64_t step, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(first + i * step, 0, 2);
+}
+
+// Calls visit(page's side, tile's side, rows = dims, columns = tokens of both) for squares of a run's transposed pages.
+// `tile` is [token][head][dim]; `entry` are rows that will be needed next (there may be none: to prefetch is no access).
+template <typename Page, typename Staged, typename Visit>
+inline void for_transposed(const RowsParams& params, const Run<Page, Staged>& run, int64_t kv, Staged* entry,
+                           Page* tile, Visit visit) {
   const PageLayout& pages = params.pages;
-  for_rows<Page, const Staged>(
-      params, first, end, [&](int64_t layer, const Staged* staged, Page* block, int64_t offset) {
-        const Scales scales = scales_of(params, layer);
-        for (int64_t head = 0; head < pages.heads; ++head, staged += params.entry_head_stride) {
-          load_key<turn>(params, Row(pages, block, 0, offset, head), staged, scales.key);
-          load_row(Row(pages, block, 1, offset, head), staged + params.entry_kv_stride, 0, pages.dim, scales.value);
-        }
+  const Strides& strides = pages.halves[kv];
+  for (int64_t head = 0; head < pages.heads; ++head) {
+    Page* first = run.block + row_start(strides, run.offset, head);
+    const Page* next = head + 1 < pages.heads ? first + strides.head
+                       : run.next != nullptr  ? run.next + row_start(strides, 0, 0)
+                                              : first;
+    for_squares<Page>(pages.dim, run.count, [&](int64_t d, int64_t token, int64_t dims, int64_t tokens) {
+      const Page* ahead = d + dims < pages.dim ? first + (d + dims) * strides.dim : next;
+      prefetch_square(ahead + token, strides.dim, dims < pages.dim - d ? dims : pages.dim - d);
+      prefetch_square(entry + token * params.entry_token_stride + head * params.entry_head_stride + d,
+                      params.entry_token_stride, tokens);
+      visit(first + d * strides.dim + token, tile + (token * pages.heads + head) * pages.dim + d, dims, tokens);
+    });
+  }
+}
+
+// Loads or saves rows of a call, those of transposed pages by way of a tile: kTokensAtOnce rows of all heads, of the type
+// of the pages, small enough for the second-level cache. The entry is read or written from front to back. (A tile for the
+// first-level cache, one head at a time, was slower.)
+template <typename Page, typename Staged>
+class Mover {
+ public:
+  explicit Mover(const RowsParams& params)
+      : params_(params), pages_(params.pages), ways_{way_of(pages_, 0), way_of(pages_, 1)} {
+    if (has_tile(0) || has_tile(1)) tile_.reset(new Page[kTokensAtOnce * pages_.heads * pages_.dim]);
+  }
+
+  template <Turn turn>
+  void load(int64_t first, int64_t end) {
+    for_runs<Page, const Staged>(params_, first, end, [&](const auto& run) {
+      if (has_tile(0)) load_tile<turn>(run, 0);
+      if (has_tile(1)) load_tile<Turn::kNone>(run, 1);
+      // A token's keys and values one after the other: they are often neighbours in the pages.
+      for_rows_without_tile(run, [&](int64_t kv, auto row, const Staged* staged) {
+        const float scale = scale_of(params_, run.layer, kv);
+        kv == 0 ? load_row<turn>(params_, row, staged, scale) : load_row<Turn::kNone>(params_, row, staged, scale);
       });
-}
+    });
+  }
 
-template <typename Row, typename Staged>
-void save(const RowsParams& params, int64_t first, int64_t end) {
-  using Page = typename Row::Page;
-  const PageLayout& pages = params.pages;
-  for_rows<Page, Staged>(params, first, end, [&](int64_t layer, Staged* staged, Page* block, int64_t offset) {
-    const Scales scales = scales_of(params, layer);
-    for (int64_t head = 0; head < pages.heads; ++head, staged += params.entry_head_stride) {
-      save_row(Row(pages, block, 0, offset, head), staged, pages.dim, scales.key);
-      save_row(Row(pages, block, 1, offset, head), staged + params.entry_kv_stride, pages.dim, scales.value);
-    }
-  });
-}
+  void save(int64_t first, int64_t end) {
+    for_runs<Page, Staged>(params_, first, end, [&](const auto& run) {
+      if (has_tile(0)) save_tile(run, 0);
+      if (has_tile(1)) save_tile(run, 1);
+      for_rows_without_tile(run, [&](int64_t kv, auto row, Staged* staged) {
+        save_row(row, staged, pages_.dim, scale_of(params_, run.layer, kv));
+      });
+    });
+  }
 
-template <typename Row, typename Staged>
+ private:
+  bool has_tile(int64_t kv) const { return ways_[kv] == Way::kTransposed; }
+  DenseRow<Page> tile_row(int64_t token, int64_t head) const {
+    return DenseRow<Page>(tile_.get() + (token * pages_.heads + head) * pages_.dim);
+  }
+
+  template <typename Run, typename Visit>
+  void for_rows_without_tile(const Run& run, Visit visit) {
+    if (has_tile(0) && has_tile(1)) return;
+    for_rows(params_, run, 0, [&](int64_t i, int64_t head, auto* staged) {
+      for (int64_t kv = 0; kv < 2; ++kv, staged += params_.entry_kv_stride) {
+        if (ways_[kv] == Way::kDense) visit(kv, DenseRow<Page>(pages_, run.block, kv, run.offset + i, head), staged);
+        if (ways_[kv] == Way::kScattered) {
+          visit(kv, ScatteredRow<Page>(pages_, run.block, kv, run.offset + i, head), staged);
+        }
+      }
+    });
+  }
+
+  template <Turn turn>
+  void load_tile(const Run<Page, const Staged>& run, int64_t kv) {
+    const float scale = scale_of(params_, run.layer, kv);
+    for_rows(params_, run, kv, [&](int64_t i, int64_t head, const Staged* staged) {
+      load_row<turn>(params_, tile_row(i, head), staged, scale);
+    });
+    const Staged* next = run.staged + kv * params_.entry_kv_stride + run.count * params_.entry_token_stride;
+    const int64_t page_step = pages_.halves[kv].dim, tile_step = pages_.heads * pages_.dim;
+    for_transposed(params_, run, kv, next, tile_.get(), [=](Page* page, Page* square, int64_t dims, int64_t tokens) {
+      transpose_part(square, tile_step, tokens, dims, page, page_step);
+    });
+  }
+
+  void save_tile(const Run<Page, Staged>& run, int64_t kv) {
+    const float scale = scale_of(params_, run.layer, kv);
+    Staged* staged = run.staged + kv * params_.entry_kv_stride;
+    const int64_t page_step = pages_.halves[kv].dim, tile_step = pages_.heads * pages_.dim;
+    for_transposed(params_, run, kv, staged, tile_.get(), [=](Page* page, Page* square, int64_t dims, int64_t tokens) {
+      transpose_part(page, page_step, dims, tokens, square, tile_step);
+    });
+    for_rows(params_, run, kv, [&](int64_t i, int64_t head, Staged* staged) {
+      save_row(tile_row(i, head), staged, pages_.dim, scale);
+    });
+  }
+
+  const RowsParams& params_;
+  const PageLayout& pages_;
+  const Way ways_[2];
+  std::unique_ptr<Page[]> tile_;
+};
+
+template <typename Page, typename Staged>
 struct Rows {
   static void load(const RowsParams& params, int64_t first, int64_t end) {
-    if (params.turns == nullptr) return VLCACHE_ISA::load<Turn::kNone, Row, Staged>(params, first, end);
-    if (params.is_neox) return VLCACHE_ISA::load<Turn::kHalves, Row, Staged>(params, first, end);
-    VLCACHE_ISA::load<Turn::kPairs, Row, Staged>(params, first, end);
+    Mover<Page, Staged> mover(params);
+    if (params.turns == nullptr) return mover.template load<Turn::kNone>(first, end);
+    if (params.is_neox) return mover.template load<Turn::kHalves>(first, end);
+    mover.template load<Turn::kPairs>(first, end);
   }
+
   static void save(const RowsParams& params, int64_t first, int64_t end) {
-    VLCACHE_ISA::save<Row, Staged>(params, first, end);
+    Mover<Page, Staged>(params).save(first, end);
   }
 };
 
-// Calls visit(Rows<Row, Staged>{}) for the layout and the types of a call. Entries have the type of the pages; those of
-// 8-bit pages may also be wider.
+// Calls visit(Rows<Page, Staged>{}) for the types of a call. Entries have the type of the pages; those of 8-bit pages
+// may also be wider.
 template <typename Page, typename Staged, typename Visit>
-void visit_layout(const RowsParams& params, Visit visit) {
-  if constexpr (std::is_same_v<Page, Staged> || (sizeof(Page) == 1 && sizeof(Staged) > 1)) {
-    const bool is_dense = params.pages.order == nullptr && params.pages.dim_stride == 1;
-    if (is_dense) return visit(Rows<DenseRow<Page>, Staged>{});
-    visit(Rows<ScatteredRow<Page>, Staged>{});
-  }
+void visit_if_possible(Visit visit) {
+  if constexpr (std::is_same_v<Page, Staged> || (sizeof(Page) == 1 && sizeof(Staged) > 1)) visit(Rows<Page, Staged>{});
 }
 
 template <typename Page, typename Visit>
 void visit_staged(const RowsParams& params, Visit visit) {
-  visit_type(params.entry_type, [&](auto tag) { visit_layout<Page, typename decltype(tag)::type>(params, visit); });
+  visit_type(params.entry_type, [&](auto tag) { visit_if_possible<Page, typename decltype(tag)::type>(visit); });
 }
 
 template <typename Visit>

@@ -52,12 +52,13 @@ inline Type type_to_multiply(Type query, Type cache) {
 inline bool attention_allows_vectors(const AttentionParams& params, int64_t itemsize) {
   const PageLayout& pages = params.pages;
   if (params.cache_type != params.query_type || pages.order != nullptr) return false;
-  if (pages.dim > 1 && pages.dim_stride != 1) return false;
-  const int64_t elements[] = {pages.dim,          pages.origin,        pages.block_stride,  pages.kv_stride,
-                              pages.token_stride, pages.head_stride,   params.query_stride, params.query_head_stride};
-  for (int64_t count : elements) {
-    if (count * itemsize % 16 != 0) return false;
+  const auto is_odd = [=](int64_t count) { return count * itemsize % 16 != 0; };
+  for (const Strides& half : pages.halves) {
+    if (pages.dim > 1 && half.dim != 1) return false;
+    if (is_odd(half.origin) || is_odd(half.token) || is_odd(half.head)) return false;
   }
+  if (is_odd(pages.dim) || is_odd(pages.block_stride)) return false;
+  if (is_odd(params.query_stride) || is_odd(params.query_head_stride)) return false;
   return reinterpret_cast<uintptr_t>(params.cache) % 16 == 0 && reinterpret_cast<uintptr_t>(params.query) % 16 == 0;
 }
 

@@ -138,6 +138,12 @@ VLCACHE_DEVICE float key_element(const AttentionParams& params, const KeyPlace& 
   return read_element(params.cache, params.cache_type, place.block * params.pages.block_stride + offset);
 }
 
+// Of pages whose dimensions are neighbours: where a row starts in its block.
+VLCACHE_DEVICE int64_t dense_row(const AttentionParams& params, const KeyPlace& place, int kv) {
+  const Strides& strides = params.pages.halves[kv];
+  return strides.origin + place.slot * strides.token + block_index().y * strides.head;
+}
+
 template <typename T>
 VLCACHE_DEVICE void gather_piece(const AttentionParams& params, const KeyPlace& place, int kv, int first, T* to) {
   VLCACHE_UNROLL_BY(1)
@@ -160,13 +166,10 @@ VLCACHE_DEVICE void load_keys(const AttentionParams& params, const AttentionPlan
     T* value_piece = tile.values(stage) + row * Math::kPitch + d;
     if (plan.vectors) {
       const bool valid = place.block >= 0 && d < params.pages.dim;
-      const T* from = static_cast<const T*>(params.cache);
-      if (valid) {
-        from += place.block * params.pages.block_stride + params.pages.origin +
-                place.slot * params.pages.token_stride + block_index().y * params.pages.head_stride + d;
-      }
-      copy_async(key_piece, from, valid);
-      copy_async(value_piece, valid ? from + params.pages.kv_stride : from, valid);
+      const T* cache = static_cast<const T*>(params.cache);
+      const int64_t block = place.block * params.pages.block_stride + d;
+      copy_async(key_piece, valid ? cache + block + dense_row(params, place, 0) : cache, valid);
+      copy_async(value_piece, valid ? cache + block + dense_row(params, place, 1) : cache, valid);
     } else {
       gather_piece(params, place, 0, d, key_piece);
       gather_piece(params, place, 1, d, value_piece);

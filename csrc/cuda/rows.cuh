@@ -7,7 +7,8 @@
 //   balances better than a persistent grid and needs no knowledge of the device. Each thread has kUnroll x 32 bytes
 //   under way before it stores the first: 32 KiB per block, and registers let 3 or 4 blocks run on a multiprocessor. An
 //   H200 asks for about 25 KiB on each: 4.8 TB/s at a latency of 0.7 us, over 132 of them.
-// - elements: everything else (order tables, 8-bit conversions, odd sizes or addresses), one warp per row.
+// - elements: everything else (order tables, dimensions that are no neighbours, 8-bit conversions, odd sizes or
+//   addresses), one warp per row.
 #pragma once
 
 #include "elements.cuh"
@@ -139,9 +140,9 @@ VLCACHE_DEVICE char* place_in_pages(const RowsParams& params, const RowsPlan& pl
   // RowsPlan::vectors promises that slots fit into 32 bits, whose division is five times cheaper.
   if (row.slot < 0 || row.slot >= params.num_blocks * params.pages.block_size) return nullptr;
   const uint32_t size = uint32_t(params.pages.block_size), block = uint32_t(row.slot) / size;
-  const int64_t offset = block * params.pages.block_stride + params.pages.origin + kv * params.pages.kv_stride +
-                         (uint32_t(row.slot) - block * size) * params.pages.token_stride +
-                         row.head * params.pages.head_stride;
+  const Strides& strides = params.pages.halves[kv];
+  const int64_t offset = block * params.pages.block_stride + strides.origin +
+                         (uint32_t(row.slot) - block * size) * strides.token + row.head * strides.head;
   return cache + offset * plan.itemsize;
 }
 

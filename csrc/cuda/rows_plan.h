@@ -35,12 +35,13 @@ inline bool are_multiples(int64_t divisor, std::initializer_list<int64_t> values
 inline bool rows_allow_vectors(const RowsParams& params, int64_t itemsize) {
   const PageLayout& pages = params.pages;
   if (params.entry_type != params.cache_type || pages.order != nullptr) return false;
-  if (pages.dim > 1 && pages.dim_stride != 1) return false;
-  if (!are_multiples(16, {pages.dim * itemsize, pages.origin * itemsize, pages.block_stride * itemsize,
-                          pages.kv_stride * itemsize, pages.token_stride * itemsize, pages.head_stride * itemsize,
-                          params.entry_layer_stride * itemsize, params.entry_kv_stride * itemsize,
-                          params.entry_token_stride * itemsize, params.entry_head_stride * itemsize,
-                          int64_t(reinterpret_cast<uintptr_t>(params.entry))})) {
+  for (const Strides& half : pages.halves) {
+    if (pages.dim > 1 && half.dim != 1) return false;
+    if (!are_multiples(16, {half.origin * itemsize, half.token * itemsize, half.head * itemsize})) return false;
+  }
+  if (!are_multiples(16, {pages.dim * itemsize, pages.block_stride * itemsize, params.entry_layer_stride * itemsize,
+                          params.entry_kv_stride * itemsize, params.entry_token_stride * itemsize,
+                          params.entry_head_stride * itemsize, int64_t(reinterpret_cast<uintptr_t>(params.entry))})) {
     return false;
   }
   for (int64_t layer = 0; layer < params.layers; ++layer) {

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench.engine_pages import cache_update, halves, isa_of
 from bench.interleaved import Ratio, ratio, times_in_turns
 from bench.results import say, table
 from vlcache_connector.exec.pages import PagedLayer, Pages
@@ -74,26 +75,19 @@ class Engine:
     """vLLM's CPU attention, called as its backend does. Raises `ImportError` where there is none."""
 
     def __init__(self, case: Case, cache: torch.Tensor) -> None:
-        from vllm import _custom_ops
-        from vllm.platforms import current_platform
-        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-        current_platform.import_kernels()
-        self._ops = _custom_ops
-        self._isa = _get_attn_isa(DTYPE, BLOCK_SIZE, case.shape.dim, "auto")
+        self._isa = isa_of(DTYPE, BLOCK_SIZE, case.shape.dim)
         self._case = case
         self._cache = cache
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write rows [n, heads, dim] into pages."""
-        self._ops.cpu_attn_reshape_and_cache(keys, values, *_halves(cache), slots, self._isa)
+        self.update = cache_update(self._isa)
 
     def attention(self, query: torch.Tensor, out: torch.Tensor, blocks: torch.Tensor) -> Callable[[], None]:
         """A call that attends for all runs of the case."""
+        from vllm import _custom_ops
+
         case, runs = self._case, self._case.runs
         start = torch.tensor([0, *(len(run) for run in runs)]).cumsum(0).to(torch.int32)
         lengths = torch.tensor([run.end for run in runs], dtype=torch.int32)
-        schedule = self._ops.cpu_attn_get_scheduler_metadata(
+        schedule = _custom_ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(runs),
             num_heads=case.shape.query_heads,
             num_kv_heads=case.shape.kv_heads,
@@ -107,9 +101,9 @@ class Engine:
             enable_kv_split=True,
         )
         return partial(
-            self._ops.cpu_attention_with_kv_cache,
+            _custom_ops.cpu_attention_with_kv_cache,
             query,
-            *_halves(self._cache),
+            *halves(self._cache),
             out,
             start,
             lengths,
@@ -122,13 +116,6 @@ class Engine:
             schedule,
             None,
         )
-
-
-def _halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of pages [blocks, heads, tokens, 2 * dim], as the engine's kernels want them."""
-    blocks, heads, tokens, _ = cache.shape
-    keys, values = cache.view(blocks, heads, 2 * tokens, -1).chunk(2, dim=2)
-    return keys, values
 
 
 def functions_of(case: Case) -> dict[str, Callable[[], object]]:

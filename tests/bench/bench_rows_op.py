@@ -1,8 +1,10 @@
 """load_rows and save_rows on the CPU beside a copy of the same bytes; `bench_ops.py` runs this.
 
-Pages as the engine has them on a CPU: [block, head, 128 tokens, K and V side by side], blocks of a request in random
-order. "memcpy" is PyTorch's copy of the entry into another tensor, by as many threads as the operations get. The
-processor's caches are emptied before each: an entry is loaded long after it was saved, and into pages that others used.
+Blocks of 128 tokens, those of a request in random order, in two layouts. "engine": that of vLLM's CPU backend on this
+machine (without AMX: of a head its keys, dimension by dimension, then its values). "unpacked": [block, head, token, K
+and V side by side], as on a GPU. "memcpy" is PyTorch's copy of the entry into another tensor, by as many threads as the
+operations get. The processor's caches are emptied before each: an entry is loaded long after it was saved, and into
+pages that others used.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from typing import Any
 
 import torch
 
+from bench.engine_pages import cache_update, isa_of
 from bench.interleaved import Ratio, ratio, times_in_turns
 from bench.results import say, table
+from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.kernels import ref
-from vlcache_connector.kernels.ops import PageLayout, load_rows, save_rows
+from vlcache_connector.kernels.ops import PageLayout, Strides, load_rows, save_rows
 
 BLOCK_SIZE = 128
 MIB = 2**20
@@ -63,7 +67,7 @@ class Work:
 
     def functions(self, with_twin: bool) -> dict[str, Callable[[], object]]:
         nbytes = self.entry.nbytes
-        place = (self.layout.block_size, self.layout.strides, self.layout.order)
+        place = self.layout.block_size, self.layout.numbers, self.layout.order
         functions: dict[str, Callable[[], object]] = {
             "memcpy": lambda: self.copy.copy_(self.entry),
             "one_memcpy": lambda: ctypes.memmove(self.copy.data_ptr(), self.entry.data_ptr(), nbytes),
@@ -78,7 +82,18 @@ class Work:
         return functions
 
 
-def work_of(case: Case) -> Work:
+LAYOUTS = ("engine", "unpacked")
+
+
+def layout_of(name: str, case: Case, cache: torch.Tensor) -> PageLayout:
+    """Raises `ImportError` where the engine's layout is asked for and vLLM's CPU backend is not installed."""
+    if name == "unpacked":
+        return PageLayout.alike(BLOCK_SIZE, Strides(0, 2 * case.dim, BLOCK_SIZE * 2 * case.dim, 1), case.dim)
+    update = cache_update(isa_of(case.dtype, BLOCK_SIZE, case.dim))
+    return Pages([PagedLayer("", cache, update)], BLOCK_SIZE, case.heads, case.dim).layout
+
+
+def work_of(case: Case, layout: str) -> Work:
     generator = torch.Generator().manual_seed(0)
     shape = case.layers, 2, case.tokens, case.heads, case.dim
     blocks = -(-case.tokens // BLOCK_SIZE)
@@ -90,13 +105,13 @@ def work_of(case: Case) -> Work:
     slots = (ids[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[: case.tokens].contiguous()
     angles = torch.rand(case.dim // 2, generator=generator) * 6
     entry = torch.randn(shape, generator=generator, dtype=torch.float32).to(case.dtype)
-    layout = PageLayout(BLOCK_SIZE, (0, case.dim, 2 * case.dim, BLOCK_SIZE * 2 * case.dim, 1))
-    return Work(entry, torch.zeros_like(entry), caches, slots, torch.stack((angles.cos(), angles.sin())), layout)
+    turns = torch.stack((angles.cos(), angles.sin()))
+    return Work(entry, torch.zeros_like(entry), caches, slots, turns, layout_of(layout, case, caches[0]))
 
 
-def measure(case: Case, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+def measure(case: Case, layout: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """One result for each number of threads. Raises `RuntimeError` when load and save do not give the entry back."""
-    work = work_of(case)
+    work = work_of(case, layout)
     something_else = torch.ones(NBYTES_PAST_CACHES // 4)
 
     def read_something_else() -> None:
@@ -112,13 +127,15 @@ def measure(case: Case, threads: Sequence[int], repeats: int) -> list[dict[str, 
         torch.set_num_threads(count)
         times = times_in_turns(functions, repeats, read_something_else)
         ratios = {name: asdict(ratio(times["memcpy"], times[side])) for name, side in SIDES.items()}
-        if case.mib <= 64:
+        if case.mib <= 64 and layout == "unpacked":
             slow = times_in_turns(work.functions(with_twin=True), 2, read_something_else)
             ratios["twin, keys turned"] = asdict(ratio(slow["memcpy"], slow["twin"]))
         seconds = sorted(times["memcpy"])[len(times["memcpy"]) // 2]
         results.append(
             {
                 **{name: str(value) if name == "dtype" else value for name, value in asdict(case).items()},
+                "layout": layout,
+                "has_order_table": work.layout.order is not None,
                 "tokens": case.tokens,
                 "threads": count,
                 "repeats": repeats,
@@ -134,8 +151,12 @@ def run(threads: Sequence[int], *, quick: bool) -> list[dict[str, Any]]:
     results = []
     for case in QUICK_CASES if quick else CASES:
         repeats = 5 if quick else max(7, min(41, 1024 // case.mib))
-        say(f"rows: {case.mib} MiB, {case.layers} layers, {case.heads} heads of {case.dim}")
-        results += measure(case, threads, repeats)
+        for layout in LAYOUTS:
+            say(f"rows: {case.mib} MiB, {case.layers} layers, {case.heads} heads of {case.dim}, {layout} layout")
+            try:
+                results += measure(case, layout, threads, repeats)
+            except ImportError as error:
+                say(f"the {layout} layout is not measured: vLLM's CPU backend is not here ({error})")
     torch.set_num_threads(max(threads))
     show(results)
     return results
@@ -148,6 +169,6 @@ def show(results: Sequence[dict[str, Any]]) -> None:
         ratios = result["memcpy_time_over_time"]
         shown = [str(Ratio(**ratios[column])) if column in ratios else "" for column in columns]
         size = f"{result['mib']} MiB {result['layers']}x{result['heads']}x{result['dim']}"
-        rows.append([size, str(result["threads"]), f"{result['memcpy_gb_per_s']:.1f}", *shown])
+        rows.append([size, result["layout"], str(result["threads"]), f"{result['memcpy_gb_per_s']:.1f}", *shown])
     print("\nBandwidth as a share of memcpy's: median (quartiles) of paired runs; more is better")
-    print(table(["entry, layers x heads x dim", "threads", "memcpy GB/s", *columns], rows), flush=True)
+    print(table(["entry, layers x heads x dim", "layout", "threads", "memcpy GB/s", *columns], rows), flush=True)

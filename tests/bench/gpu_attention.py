@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.gpu_clock import Clock
 from bench.interleaved import Ratio, ratio
 from bench.results import say, table
-from vlcache_connector.kernels.ops import PageLayout, sparse_query_attention
+from vlcache_connector.kernels.ops import PageLayout, Strides, sparse_query_attention
 
 BLOCK_SIZE = 16
 
@@ -68,7 +68,7 @@ class Work:
     def ours(self) -> torch.Tensor:
         case = self.case
         size = BLOCK_SIZE * 2 * case.dim
-        layout = PageLayout(BLOCK_SIZE, (0, case.dim, 2 * case.dim, size, 1))
+        layout = PageLayout.alike(BLOCK_SIZE, Strides(0, 2 * case.dim, size, 1), case.dim)
         request = torch.arange(case.requests, device=self.query.device, dtype=torch.int32)
         return sparse_query_attention(
             self.query,

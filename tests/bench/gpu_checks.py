@@ -36,7 +36,7 @@ from vlcache_connector.kernels.ops import PageLayout, load_rows
 cache = torch.zeros(1, 8, device="cuda")
 order = torch.full((8,), 1 << 28, dtype=torch.int32, device="cuda")
 load_rows(torch.zeros(1, 2, 1, 1, 4, device="cuda"), [cache], torch.zeros(1, dtype=torch.int64, device="cuda"),
-          PageLayout(1, (), order))
+          PageLayout(1, order=order))
 torch.cuda.synchronize()
 """
 

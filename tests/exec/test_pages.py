@@ -78,11 +78,29 @@ def halves(sizes: tuple[int, int, int] = (BLOCK_SIZE, HEADS, DIM)) -> Layout:
 
 
 def values_first() -> Layout:
-    """Values before keys: no view with strides from 0 upwards, so the index table reads it."""
+    """Values before keys."""
     return Layout(
         lambda n, dtype: torch.empty(n, 2, BLOCK_SIZE, HEADS, DIM, dtype=dtype),
         lambda b, kv, t, h, d: (b, 1 - kv, t, h, d),
-        is_affine=False,
+        is_affine=True,
+    )
+
+
+def transposed_keys() -> Layout:
+    """[blocks, heads, 2, block * dim]: keys dimension by dimension, values token by token."""
+
+    def locate(b: torch.Tensor, kv: torch.Tensor, t: torch.Tensor, h: torch.Tensor, d: torch.Tensor) -> Index:
+        return b, h, kv, torch.where(kv == 0, d * BLOCK_SIZE + t, t * DIM + d)
+
+    return Layout(lambda n, dtype: torch.empty(n, HEADS, 2, BLOCK_SIZE * DIM, dtype=dtype), locate, is_affine=True)
+
+
+def falling_heads() -> Layout:
+    """The last head first."""
+    return Layout(
+        lambda n, dtype: torch.empty(n, 2, HEADS, BLOCK_SIZE, DIM, dtype=dtype),
+        lambda b, kv, t, h, d: (b, kv, HEADS - 1 - h, t, d),
+        is_affine=True,
     )
 
 
@@ -138,6 +156,8 @@ LAYOUTS: dict[str, Layout] = {
     "unpacked": unpacked(),
     "halves": halves(),
     "values_first": values_first(),
+    "transposed_keys": transposed_keys(),
+    "falling_heads": falling_heads(),
     "packed": packed(),
     "packed_keys": packed_keys(),
     "transposed_storage": transposed_storage(),

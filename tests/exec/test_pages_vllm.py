@@ -11,6 +11,7 @@ import torch
 
 from exec.paged_rows import read, write
 from vlcache_connector.exec.pages import PagedLayer, Pages
+from vlcache_connector.kernels.ops import Strides
 from vlcache_connector.types import Run
 
 HEADS, DIM, NUM_BLOCKS = 2, 64, 6
@@ -90,6 +91,18 @@ def test_no_other_element_changes(cpu_attn: Any, isa: str, block_size: int, dtyp
         blocks = is_number.flatten(1).any(dim=1).nonzero().flatten().tolist()
         slots = pages.slots(BLOCK_IDS, [Run(start, end)], start, end - start).tolist()
         assert blocks == sorted({slot // block_size for slot in slots})
+
+
+@every_kernel
+@every_dtype
+def test_the_layout_of_this_engine_is_strides_without_a_table(
+    cpu_attn: Any, isa: str, block_size: int, dtype: torch.dtype
+) -> None:
+    """Keys dimension by dimension, values token by token: only AMX packs them in another way."""
+    layout = Pages([paged_layer(cpu_attn, cache_of(block_size, dtype), isa)], block_size, HEADS, DIM).layout
+    assert layout.order is None
+    assert layout.keys == Strides(0, 1, 2 * block_size * DIM, block_size)
+    assert layout.values == Strides(block_size * DIM, DIM, 2 * block_size * DIM, 1)
 
 
 @every_kernel

@@ -15,7 +15,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from vlcache_connector.errors import PositionMismatchError
 from vlcache_connector.exec.rope import Rope, position_delta
-from vlcache_connector.kernels.ops import PageLayout, load_rows
+from vlcache_connector.kernels.ops import PageLayout, Strides, load_rows
 
 HEAD_DIM = 64
 SLACK = 1.01
@@ -40,7 +40,7 @@ def moved(rope: Rope, keys: torch.Tensor, delta: int) -> torch.Tensor:
     """Keys [..., head_dim] as a load moves them, seen through pages of one block and one head."""
     rows = keys.reshape(-1, 1, keys.shape[-1])
     pages = torch.zeros(1, 2, *rows.shape, dtype=keys.dtype)
-    layout = PageLayout(len(rows), (0, rows.numel(), rows.shape[-1], rows.shape[-1], 1))
+    layout = PageLayout.alike(len(rows), Strides(0, rows.shape[-1], rows.shape[-1], 1), rows.numel())
     turns = rope.turns(delta, keys.device) if delta else None
     entry = torch.stack((rows, rows))[None]
     load_rows(entry, [pages], torch.arange(len(rows)), layout, turns=turns, is_neox=rope.is_neox)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from kernels.paged import FORMS, Form, Sizes, as_bits, random_values
-from vlcache_connector.kernels.ops import PageLayout
 
 UNIT = 2.0**-24  # relative error of one rounding to fp32
 _GUARD = 64  # elements before and behind each cache
@@ -110,7 +109,7 @@ def build(case: Case, device: torch.device) -> Problem:
     contents = [stored_of(case, request) for request in range(case.num_requests)]
     covered = [-(-rows.shape[1] // case.block_size) for rows in contents]
     sizes = Sizes(1, 0, case.heads, case.dim, sum(covered) + 2, case.block_size)
-    form = form_of(case, sizes)
+    form = FORMS[case.form](sizes)
     memory = _nan_memory(form, contents[0].dtype)
     table = _nonsense(case.num_requests, max(covered) + 1)
     unused = random.Random(3).sample(range(sizes.num_blocks), sizes.num_blocks)
@@ -123,14 +122,13 @@ def build(case: Case, device: torch.device) -> Problem:
             _write(memory, form, rows[:, seen], blocks[seen // case.block_size].long(), seen % case.block_size)
     memory = memory.to(device)
     places = torch.tensor(case.queries, dtype=torch.int32, device=device).view(-1, 2)
-    order = None if form.order is None else form.order.to(device)
     arguments = {
         "query": queries_of(case).to(device),
         "cache": _cache_in(memory, form),
         "block_table": table.to(device),
         "request": places[:, 0].contiguous(),
         "position": places[:, 1].contiguous(),
-        "layout": PageLayout(case.block_size, form.strides, order),
+        "layout": form.layout(case.block_size, device),
         "softmax_scale": case.softmax_scale,
         "window": case.window,
         "soft_cap": case.soft_cap,
@@ -194,21 +192,6 @@ def answer(case: Case, rounds_weights: bool = False) -> tuple[torch.Tensor, floa
     errors = [(by_pytorch(case, rounds_weights, seed).double() - wanted).abs().max() for seed in range(3)]
     torch.set_num_threads(threads)
     return wanted, 2 * float(max(errors)) + UNIT * (1 + largest) * float(wanted.abs().max())
-
-
-def form_of(case: Case, sizes: Sizes) -> Form:
-    return _cpu_engine(sizes) if case.form == "cpu_engine" else FORMS[case.form](sizes)
-
-
-def _cpu_engine(s: Sizes) -> Form:
-    """Pages of vLLM's CPU attention without AMX: of a head its keys, dimension by dimension, then its values."""
-    n, d = s.block_size, s.dim
-    token, head, dim = (
-        torch.arange(size).view(shape) for size, shape in ((n, (-1, 1, 1)), (s.heads, (-1, 1)), (d, (-1,)))
-    )
-    table = torch.stack((2 * head * n * d + dim * n + token, (2 * head + 1) * n * d + token * d + dim))
-    order = table.flatten().to(torch.int32)
-    return Form((s.num_blocks, table.numel()), lambda memory: memory, lambda i: (i[0], table[i[1:]]), (), order)
 
 
 def _nan_memory(form: Form, dtype: torch.dtype) -> torch.Tensor:

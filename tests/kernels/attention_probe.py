@@ -12,8 +12,12 @@ BF16, FP8 = torch.bfloat16, torch.float8_e5m2
 
 CASES = [
     *(Case(QUERIES, dtype, dim=dim) for dtype in (torch.float32, BF16, torch.float16) for dim in (33, 64, 80)),
-    *(Case(QUERIES, BF16, form=form, dim=dim) for form in ("cpu_engine", "packed", "dim_strided") for dim in (33, 64)),
-    *(Case(QUERIES, form=form, dim=40) for form in ("cpu_engine", "packed")),
+    *(
+        Case(QUERIES, BF16, form=form, dim=dim)
+        for form in ("keys_transposed", "packed", "dim_strided")
+        for dim in (33, 64)
+    ),
+    *(Case(QUERIES, form=form, dim=40) for form in ("keys_transposed", "packed")),
     *(Case(QUERIES, BF16, group=group) for group in (1, 7, 8, 13)),
     Case(QUERIES, BF16, FP8, scales=(0.4, 2.5), dim=72),
     Case(QUERIES, BF16, window=20),

@@ -34,7 +34,7 @@ def load_by_twin(
     is_neox: bool = True,
     scales: torch.Tensor | None = None,
 ) -> None:
-    ref.load_rows(entry, caches, slots, turns, is_neox, scales, layout.block_size, layout.strides, layout.order)
+    ref.load_rows(entry, caches, slots, turns, is_neox, scales, layout.block_size, layout.numbers, layout.order)
 
 
 def save_by_twin(
@@ -45,7 +45,7 @@ def save_by_twin(
     *,
     scales: torch.Tensor | None = None,
 ) -> None:
-    ref.save_rows(entry, caches, slots, scales, layout.block_size, layout.strides, layout.order)
+    ref.save_rows(entry, caches, slots, scales, layout.block_size, layout.numbers, layout.order)
 
 
 def attend_by_twin(
@@ -63,7 +63,7 @@ def attend_by_twin(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     result = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
-    pages = (layout.block_size, layout.strides, layout.order)
+    pages = (layout.block_size, layout.numbers, layout.order)
     numbers = (softmax_scale, window, soft_cap)
     ref.sparse_query_attention(result, query, cache, block_table, request, position, scales, *pages, *numbers)
     return result

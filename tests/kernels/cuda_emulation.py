@@ -93,7 +93,7 @@ def load_rows(
     scales: torch.Tensor | None = None,
 ) -> None:
     """See `ops.load_rows`."""
-    pages = (layout.block_size, list(layout.strides), layout.order)
+    pages = (layout.block_size, layout.numbers, layout.order)
     torch.ops.vlcache_emulated.load_rows(entry, list(caches), slots, turns, is_neox, scales, *pages)
 
 
@@ -106,7 +106,7 @@ def save_rows(
     scales: torch.Tensor | None = None,
 ) -> None:
     """See `ops.save_rows`."""
-    pages = (layout.block_size, list(layout.strides), layout.order)
+    pages = (layout.block_size, layout.numbers, layout.order)
     torch.ops.vlcache_emulated.save_rows(entry, list(caches), slots, scales, *pages)
 
 
@@ -126,7 +126,7 @@ def sparse_query_attention(
 ) -> torch.Tensor:
     """See `ops.sparse_query_attention`."""
     result = torch.empty(query.shape, dtype=query.dtype) if out is None else out
-    pages = (layout.block_size, list(layout.strides), layout.order)
+    pages = (layout.block_size, layout.numbers, layout.order)
     numbers = (softmax_scale, window, soft_cap)
     torch.ops.vlcache_emulated.sparse_query_attention(
         result, query, cache, block_table, request, position, scales, *pages, *numbers

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlcache_connector.kernels.ops import PageLayout
+from vlcache_connector.kernels.ops import PageLayout, Strides
 
 Index = tuple[torch.Tensor | int, ...]
 
@@ -43,30 +43,39 @@ class Form:
     base: tuple[int, ...]
     view: Callable[[torch.Tensor], torch.Tensor]
     element: Callable[[Index], Index]
-    strides: tuple[int, int, int, int, int] | tuple[()]
+    strides: tuple[Strides, Strides] | None  # of keys and of values
     order: torch.Tensor | None = None
+
+    def layout(self, block_size: int, device: torch.device) -> PageLayout:
+        keys, values = self.strides or (None, None)
+        return PageLayout(block_size, keys, values, None if self.order is None else self.order.to(device))
+
+
+def alike(kv: int, token: int, head: int, dim: int, origin: int = 0) -> tuple[Strides, Strides]:
+    """Values lie as keys do, `kv` elements further on."""
+    return Strides(origin, token, head, dim), Strides(origin + kv, token, head, dim)
 
 
 def _engine(s: Sizes) -> Form:
     """K and V side by side in the last dimension."""
     b, h, n, d = s.num_blocks, s.heads, s.block_size, s.dim
-    return Form((b, h, n, 2 * d), _same, lambda i: (i[0], i[3], i[2], i[1] * d + i[4]), (0, d, 2 * d, n * 2 * d, 1))
+    return Form((b, h, n, 2 * d), _same, lambda i: (i[0], i[3], i[2], i[1] * d + i[4]), alike(d, 2 * d, n * 2 * d, 1))
 
 
 def _kv_then_tokens(s: Sizes) -> Form:
     b, h, n, d = s.num_blocks, s.heads, s.block_size, s.dim
-    return Form((b, 2, n, h, d), _same, lambda i: i, (0, n * h * d, h * d, d, 1))
+    return Form((b, 2, n, h, d), _same, lambda i: i, alike(n * h * d, h * d, d, 1))
 
 
 def _token_major(s: Sizes) -> Form:
     b, h, n, d = s.num_blocks, s.heads, s.block_size, s.dim
-    return Form((b, n, 2, h, d), _same, lambda i: (i[0], i[2], i[1], i[3], i[4]), (0, h * d, 2 * h * d, d, 1))
+    return Form((b, n, 2, h, d), _same, lambda i: (i[0], i[2], i[1], i[3], i[4]), alike(h * d, 2 * h * d, d, 1))
 
 
 def _kv_outside(s: Sizes) -> Form:
     """All keys of a layer, then all its values."""
     b, h, n, d = s.num_blocks, s.heads, s.block_size, s.dim
-    return Form((2, b, n, h, d), lambda t: t.transpose(0, 1), lambda i: i, (0, b * n * h * d, h * d, d, 1))
+    return Form((2, b, n, h, d), lambda t: t.transpose(0, 1), lambda i: i, alike(b * n * h * d, h * d, d, 1))
 
 
 def _with_gaps(s: Sizes) -> Form:
@@ -77,20 +86,44 @@ def _with_gaps(s: Sizes) -> Form:
         (b + 2, h + 1, n + 2, row),
         lambda t: t[1:-1, 1:, 1:-1, 3:-2],
         lambda i: (i[0], i[3], i[2], i[1] * d + i[4]),
-        (0, d, row, head, 1),
+        alike(d, row, head, 1),
     )
 
 
 def _dim_strided(s: Sizes) -> Form:
     """The tokens of a dimension lie side by side."""
     b, h, n, d = s.num_blocks, s.heads, s.block_size, s.dim
-    return Form((b, 2, h, d, n), _same, lambda i: (i[0], i[1], i[3], i[4], i[2]), (0, h * d * n, 1, d * n, n))
+    return Form((b, 2, h, d, n), _same, lambda i: (i[0], i[1], i[3], i[4], i[2]), alike(h * d * n, 1, d * n, n))
+
+
+def _keys_transposed(s: Sizes) -> Form:
+    """Of a head its keys, dimension by dimension, then its values: vLLM's CPU attention without AMX."""
+    n, d = s.block_size, s.dim
+
+    def element(i: Index) -> Index:
+        _, kv, token, head, dim = i
+        return i[0], head, torch.where(torch.as_tensor(kv) == 0, dim * n + token, n * d + token * d + dim)
+
+    keys, values = Strides(0, 1, 2 * n * d, n), Strides(n * d, d, 2 * n * d, 1)
+    return Form((s.num_blocks, s.heads, 2 * n * d), _same, element, (keys, values))
+
+
+def _values_transposed(s: Sizes) -> Form:
+    """Values first, dimension by dimension, then keys, their dimensions in falling order."""
+    n, d = s.block_size, s.dim
+
+    def element(i: Index) -> Index:
+        _, kv, token, head, dim = i
+        return i[0], head, torch.where(torch.as_tensor(kv) == 1, dim * n + token, n * d + token * d + d - 1 - dim)
+
+    keys, values = Strides(n * d + d - 1, d, 2 * n * d, -1), Strides(0, 1, 2 * n * d, n)
+    return Form((s.num_blocks, s.heads, 2 * n * d), _same, element, (keys, values))
 
 
 def _backwards(s: Sizes) -> Form:
     """Heads and tokens in falling order."""
     b, h, n, d = s.num_blocks, s.heads, s.block_size, s.dim
-    strides = ((n * h - 1) * d, n * h * d, -h * d, -d, 1)
+    strides = alike(n * h * d, -h * d, -d, 1, origin=(n * h - 1) * d)
     return Form((b, 2, n, h, d), _same, lambda i: (i[0], i[1], n - 1 - i[2], h - 1 - i[3], i[4]), strides)
 
 
@@ -99,7 +132,7 @@ def _packed(s: Sizes) -> Form:
     count = 2 * s.block_size * s.heads * s.dim
     order = torch.randperm(count, generator=torch.Generator().manual_seed(7)).to(torch.int32)
     table = order.view(2, s.block_size, s.heads, s.dim)
-    return Form((s.num_blocks, count), _same, lambda i: (i[0], table[i[1:]].long()), (), order)
+    return Form((s.num_blocks, count), _same, lambda i: (i[0], table[i[1:]].long()), None, order)
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,6 +146,8 @@ FORMS = {
     "kv_outside": _kv_outside,
     "with_gaps": _with_gaps,
     "dim_strided": _dim_strided,
+    "keys_transposed": _keys_transposed,
+    "values_transposed": _values_transposed,
     "backwards": _backwards,
     "packed": _packed,
 }
@@ -159,8 +194,7 @@ def paged(form_name: str, sizes: Sizes, dtype: torch.dtype, device: torch.device
     form = FORMS[form_name](sizes)
     memory = [_random_memory(form, dtype, seed).to(device) for seed in range(sizes.layers)]
     caches = [_cache_in(each, form, dtype) for each in memory]
-    order = None if form.order is None else form.order.to(device)
-    return Paged(form, memory, caches, PageLayout(sizes.block_size, form.strides, order), sizes)
+    return Paged(form, memory, caches, form.layout(sizes.block_size, device), sizes)
 
 
 def _random_memory(form: Form, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -196,6 +230,22 @@ def some_slots(sizes: Sizes, num_skipped: int = 2) -> torch.Tensor:
     for token in chance.sample(range(sizes.tokens), min(num_skipped, sizes.tokens)):
         slots[token] = -1
     return torch.tensor(slots, dtype=torch.int64)
+
+
+def slots_in_runs(sizes: Sizes, seed: int = 6) -> torch.Tensor:
+    """A slot for each token: blocks in no order, in each a run of neighbours from some offset on; some tokens left out.
+    The pages must have room for all tokens twice.
+    """
+    chance = random.Random(seed)
+    blocks = chance.sample(range(sizes.num_blocks), sizes.num_blocks)
+    slots: list[int] = []
+    while len(slots) < sizes.tokens:
+        start = chance.choice([0, chance.randrange(sizes.block_size // 2 + 1)])
+        block = blocks.pop() * sizes.block_size
+        slots += range(block + start, block + sizes.block_size)
+        if chance.random() < 0.5:
+            slots[-chance.randrange(1, sizes.block_size - start + 1)] = -1
+    return torch.tensor(slots[: sizes.tokens], dtype=torch.int64)
 
 
 def kept_tokens(slots: torch.Tensor) -> torch.Tensor:

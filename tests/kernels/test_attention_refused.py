@@ -11,6 +11,7 @@ import torch
 from kernels.attention_cases import Case, build
 from kernels.conftest import Implementation
 from kernels.paged import as_bits
+from vlcache_connector.kernels.ops import Strides
 
 Call = dict[str, Any]
 Change = Callable[[Call], Call]
@@ -46,15 +47,9 @@ def layout(**changes: Any) -> Change:
     return lambda call: {**call, "layout": dataclasses.replace(call["layout"], **changes)}
 
 
-def stride(place: int, value: int) -> Change:
-    """One of origin, K/V, token, head, dim."""
-
-    def apply(call: Call) -> Call:
-        strides = list(call["layout"].strides)
-        strides[place] = value
-        return layout(strides=tuple(strides))(call)
-
-    return apply
+def stride(half: str, **changes: int) -> Change:
+    """Of keys or values: their origin or strides."""
+    return lambda call: layout(**{half: getattr(call["layout"], half)._replace(**changes)})(call)
 
 
 def order(change: OnTensor) -> Change:
@@ -108,11 +103,14 @@ WRONG: dict[str, tuple[str, str, Change]] = {
     "block size of 0": ("block_size", "engine", layout(block_size=0)),
     "huge block size": ("block_size", "engine", layout(block_size=2**40)),
     "block size too large": ("cache", "engine", layout(block_size=17)),
-    "four strides": ("layout", "engine", layout(strides=(0, 1, 1, 1))),
-    "strides beside a table": ("layout", "packed", layout(strides=(0, 1, 1, 1, 1))),
-    "negative origin": ("layout", "engine", stride(0, -1)),
-    "token stride too large": ("layout", "engine", stride(2, 65)),
-    "a product of 128 bits": ("layout", "engine", stride(2, 2**63 - 1)),
+    "seven numbers": ("layout", "engine", layout(keys=(0, 1, 1))),
+    "strides of values alone": ("layout", "engine", layout(keys=None)),
+    "strides beside a table": ("layout", "packed", layout(keys=Strides(0, 1, 1, 1), values=Strides(0, 1, 1, 1))),
+    "negative origin": ("layout", "engine", stride("keys", origin=-1)),
+    "keys behind the block": ("layout", "keys_transposed", stride("keys", origin=1025)),
+    "values behind the block": ("layout", "keys_transposed", stride("values", origin=513)),
+    "token stride too large": ("layout", "engine", stride("values", token=65)),
+    "a product of 128 bits": ("layout", "engine", stride("keys", token=2**63 - 1)),
     "table of int64": ("order", "packed", order(torch.Tensor.long)),
     "table too short": ("order", "packed", order(lambda t: t[2:])),
     "table with gaps": ("order", "packed", order(every_second)),
@@ -140,8 +138,6 @@ WRONG_VALUES: dict[str, tuple[str, str, Change]] = {  # a GPU does not look at t
     "no pages at all": ("block_table", "engine", tensor("cache", lambda t: t[:0])),
     "table entry behind the block": ("order", "packed", order(with_value(9, 2 * 16 * 2 * 32))),
     "negative table entry": ("order", "packed", order(with_value(-1, -1))),
-    "table of strides behind the block": ("order", "cpu_engine", order(lambda t: t + 1)),
-    "table of strides before the block": ("order", "cpu_engine", order(lambda t: t - 1)),
 }
 
 

@@ -21,7 +21,7 @@ from kernels.conftest import Implementation
 from kernels.cuda_emulation import ROOT, Device, emulated_device
 from kernels.paged import Sizes, as_bits, paged, random_bits, random_values
 from vlcache_connector.kernels import ref
-from vlcache_connector.kernels.ops import PageLayout
+from vlcache_connector.kernels.ops import PageLayout, Strides
 
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -g1 -fno-omit-frame-pointer"
 
@@ -83,6 +83,8 @@ def test_rows_of_a_multiple_of_16_bytes_are_moved_16_bytes_at_a_time(
         ("engine", Sizes(dim=33), torch.float32),
         ("with_gaps", Sizes(dim=64), torch.bfloat16),
         ("dim_strided", Sizes(dim=64), torch.bfloat16),
+        ("keys_transposed", Sizes(dim=64), torch.bfloat16),
+        ("values_transposed", Sizes(dim=64), torch.bfloat16),
         ("packed", Sizes(dim=64), torch.bfloat16),
     ],
     ids=str,
@@ -95,7 +97,8 @@ def test_other_rows_are_moved_one_element_at_a_time(
     assert not gpu.used_vectors
 
 
-STRIDES = {"block": 400, "origin": 8, "kv": 160, "token": 48, "head": 16, "entry layer": 800, "entry kv": 400}
+STRIDES = {"block": 400, "key origin": 8, "key token": 48, "key head": 16}
+STRIDES |= {"value origin": 168, "value token": 40, "value head": 128, "entry layer": 800, "entry kv": 400}
 STRIDES |= {"entry token": 40, "entry head": 16, "entry address": 0}
 
 
@@ -111,11 +114,14 @@ def test_every_stride_and_address_must_allow_16_bytes_at_a_time(
     memory = random_bits((layers * far["entry layer"] + 1,), torch.bfloat16)
     steps = (far["entry layer"], far["entry kv"], far["entry token"], far["entry head"], 1)
     entry = memory.as_strided((layers, 2, tokens, heads, dim), steps, far["entry address"])
-    layout = PageLayout(block_size, (far["origin"], far["kv"], far["token"], far["head"], 1))
+    keys, values = (
+        Strides(far[f"{half} origin"], far[f"{half} token"], far[f"{half} head"], 1) for half in ("key", "value")
+    )
+    layout = PageLayout(block_size, keys, values)
     slots = torch.tensor([5, 0, -1, 11, 3, 2, 8])
     wanted = pages.clone()
     copies = [copy.as_strided((num_blocks, 400), (far["block"], 1)) for copy in wanted]
-    ref.load_rows(entry, copies, slots, None, True, None, block_size, layout.strides, None)
+    ref.load_rows(entry, copies, slots, None, True, None, block_size, layout.numbers, None)
     implementation.load_rows(entry, caches, slots, layout)
     assert torch.equal(as_bits(pages), as_bits(wanted))
     assert bool(gpu.used_vectors) == (odd is None)
@@ -241,7 +247,7 @@ def test_queries_that_cannot_be_answered_give_zeros_and_disturb_no_others(implem
 def test_rows_of_a_multiple_of_16_bytes_reach_attention_16_bytes_at_a_time(
     implementation: Implementation, gpu: Device
 ) -> None:
-    for dim, form in ((64, "engine"), (40, "kv_then_tokens"), (33, "engine"), (64, "packed"), (64, "dim_strided")):
+    for dim, form in ((64, "engine"), (40, "kv_then_tokens"), (33, "engine"), (64, "packed"), (64, "keys_transposed")):
         test_attention.check(implementation, Case(scattered([70], 9), torch.bfloat16, form=form, dim=dim))
         assert gpu.used_vectors == (dim % 8 == 0 and form in ("engine", "kv_then_tokens"))
 

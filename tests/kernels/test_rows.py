@@ -34,12 +34,14 @@ def memory_with(pages: Paged, slots: torch.Tensor, entry: torch.Tensor) -> list[
     return [pages.with_rows(layer, kept, slots, bits[layer]) for layer in range(len(pages.memory))]
 
 
-def check_copies(implementation: Implementation, form: str, sizes: Sizes, dtype: torch.dtype) -> None:
+def check_copies(
+    implementation: Implementation, form: str, sizes: Sizes, dtype: torch.dtype, slots: torch.Tensor | None = None
+) -> None:
     """Loads random bits, compares all memory; saves them into other random bits, compares all of those."""
     device = implementation.device
     pages = paged(form, sizes, dtype, device)
     entry = random_bits(sizes.entry_shape, dtype).to(device)
-    slots = some_slots(sizes).to(device)
+    slots = (some_slots(sizes) if slots is None else slots).to(device)
     wanted = memory_with(pages, slots, entry)
     implementation.load_rows(entry, pages.caches, slots, pages.layout)
     assert_memory_is(pages, wanted)
@@ -61,14 +63,14 @@ def test_rows_are_copied_bit_for_bit_and_nothing_else_changes(
 
 
 @pytest.mark.parametrize("sizes", AWKWARD_SIZES, ids=str)
-@pytest.mark.parametrize("form", ["engine", "packed"])
+@pytest.mark.parametrize("form", ["engine", "keys_transposed", "packed"])
 def test_awkward_sizes_are_copied_like_others(implementation: Implementation, form: str, sizes: Sizes) -> None:
     check_copies(implementation, form, sizes, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("sizes", LARGE_SIZES, ids=str)
-@pytest.mark.parametrize("form", ["engine", "packed"])
+@pytest.mark.parametrize("form", ["engine", "keys_transposed", "packed"])
 def test_threads_share_the_rows(implementation: Implementation, form: str, sizes: Sizes) -> None:
     check_copies(implementation, form, sizes, torch.bfloat16)
 
@@ -105,7 +107,7 @@ def test_layers_may_lie_between_each_other(implementation: Implementation) -> No
     assert torch.equal(as_bits(memory.cpu()), wanted)
 
 
-@pytest.mark.parametrize("form", ["engine", "dim_strided", "packed"])
+@pytest.mark.parametrize("form", ["engine", "dim_strided", "keys_transposed", "packed"])
 def test_an_entry_may_be_a_view_with_any_strides(implementation: Implementation, form: str) -> None:
     sizes = Sizes()
     layers, _, tokens, heads, dim = sizes.entry_shape
@@ -141,7 +143,7 @@ def test_scatter_after_gather_is_the_identity(implementation: Implementation, fo
 @pytest.mark.parametrize(
     "sizes", [Sizes(tokens=0), Sizes(layers=0), Sizes(heads=0), Sizes(dim=0), Sizes(tokens=0, num_blocks=0)], ids=str
 )
-@pytest.mark.parametrize("form", ["engine", "packed"])
+@pytest.mark.parametrize("form", ["engine", "keys_transposed", "packed"])
 def test_nothing_to_move_is_no_error(implementation: Implementation, form: str, sizes: Sizes) -> None:
     pages = paged(form, sizes, torch.bfloat16, implementation.device)
     before = pages.copy_of_memory()
@@ -187,7 +189,7 @@ def test_the_operations_pass_the_checks_of_torch(implementation: Implementation)
     pages = paged("engine", sizes, torch.bfloat16, implementation.device)
     entry = random_bits(sizes.entry_shape, torch.bfloat16).to(implementation.device)
     slots = some_slots(sizes).to(implementation.device)
-    place = (pages.layout.block_size, list(pages.layout.strides), pages.layout.order)
+    place = (pages.layout.block_size, pages.layout.numbers, pages.layout.order)
     turns = torch.zeros(2, sizes.dim // 2, device=implementation.device)
     torch.library.opcheck(torch.ops.vlcache.load_rows, (entry, pages.caches, slots, turns, True, None, *place))
     torch.library.opcheck(torch.ops.vlcache.save_rows, (entry, pages.caches, slots, None, *place))

@@ -8,7 +8,7 @@ import torch
 
 from kernels.conftest import Implementation
 from kernels.paged import DTYPES, FLOAT8, as_bits
-from vlcache_connector.kernels.ops import PageLayout
+from vlcache_connector.kernels.ops import PageLayout, Strides
 
 WIDE = [dtype for dtype in DTYPES if dtype not in FLOAT8]
 
@@ -42,7 +42,11 @@ def pages_for(entry: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     """One block that holds all tokens, slots in order."""
     tokens, dim = entry.shape[2], entry.shape[4]
     cache = torch.zeros(1, 2, tokens, dim, dtype=dtype, device=entry.device)
-    return cache, torch.arange(tokens, device=entry.device), PageLayout(tokens, (0, tokens * dim, dim, dim, 1))
+    return (
+        cache,
+        torch.arange(tokens, device=entry.device),
+        PageLayout.alike(tokens, Strides(0, dim, dim, 1), tokens * dim),
+    )
 
 
 def clamped(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

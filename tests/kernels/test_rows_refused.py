@@ -9,11 +9,13 @@ import torch
 
 from kernels.conftest import Implementation
 from kernels.paged import Paged, Sizes, as_bits, paged, random_bits, some_slots
+from vlcache_connector.kernels.ops import Strides
 
 Call = dict[str, Any]
 Change = Callable[[Call], Call]
 
 SIZES = Sizes()
+BLOCK_ELEMENTS = 2 * SIZES.block_size * SIZES.heads * SIZES.dim
 
 
 def valid_call(form: str, device: torch.device, page: torch.dtype, staged: torch.dtype) -> tuple[Paged, Call]:
@@ -58,13 +60,12 @@ def layout(**changes: Any) -> Change:
     return lambda call: {**call, "layout": dataclasses.replace(call["layout"], **changes)}
 
 
-def stride(place: int, change: Callable[[int], int]) -> Change:
-    """One of origin, K/V, token, head, dim."""
+def stride(half: str, name: str, change: Callable[[int], int]) -> Change:
+    """Of keys or values: their origin or a stride."""
 
     def apply(call: Call) -> Call:
-        strides = list(call["layout"].strides)
-        strides[place] = change(strides[place])
-        return layout(strides=tuple(strides))(call)
+        strides = getattr(call["layout"], half)
+        return layout(**{half: strides._replace(**{name: change(getattr(strides, name))})})(call)
 
     return apply
 
@@ -106,18 +107,27 @@ WRONG: dict[str, tuple[str, str, Change]] = {
     "negative block size": ("block_size", "engine", layout(block_size=-4)),
     "huge block size": ("block_size", "engine", layout(block_size=2**40)),
     "block size too large": ("layout", "engine", layout(block_size=SIZES.block_size + 1)),
-    "four strides": ("layout", "engine", layout(strides=(0, 1, 1, 1))),
-    "strides beside a table": ("layout", "packed", layout(strides=(0, 1, 1, 1, 1))),
-    "neither strides nor a table": ("layout", "engine", layout(strides=())),
-    "negative origin": ("layout", "engine", stride(0, lambda n: n - 1)),
-    "origin too large": ("layout", "engine", stride(0, lambda n: n + 1)),
-    "K/V stride too large": ("layout", "engine", stride(1, lambda n: n + 1)),
-    "token stride too large": ("layout", "engine", stride(2, lambda n: n + 1)),
-    "head stride too large": ("layout", "engine", stride(3, lambda n: n + 1)),
-    "dim stride too large": ("layout", "engine", stride(4, lambda n: n + 1)),
-    "head stride that falls": ("layout", "engine", stride(3, lambda n: -n)),
-    "a product of 128 bits": ("layout", "engine", stride(2, lambda _: 2**63 - 1)),
-    "the most negative stride": ("layout", "engine", stride(3, lambda _: -(2**63))),
+    "seven numbers": ("layout", "engine", layout(keys=(0, 1, 1))),
+    "nine numbers": ("layout", "engine", layout(values=(0, 1, 1, 1, 1))),
+    "strides beside a table": ("layout", "packed", layout(keys=Strides(0, 1, 1, 1), values=Strides(0, 1, 1, 1))),
+    "strides of keys alone": ("layout", "engine", layout(values=None)),
+    "neither strides nor a table": ("layout", "engine", layout(keys=None, values=None)),
+    "negative origin of keys": ("layout", "engine", stride("keys", "origin", lambda n: n - 1)),
+    "origin of values too large": ("layout", "engine", stride("values", "origin", lambda n: n + 1)),
+    **{
+        f"{name} stride of {half} too large ({form})": (
+            "layout",
+            form,
+            stride(half, name, lambda n: n + BLOCK_ELEMENTS),
+        )
+        for name in ("token", "head", "dim")
+        for half in ("keys", "values")
+        for form in ("engine", "keys_transposed")
+    },
+    "head stride that falls": ("layout", "engine", stride("keys", "head", lambda n: -n)),
+    "token stride that falls": ("layout", "keys_transposed", stride("keys", "token", lambda n: -n)),
+    "a product of 128 bits": ("layout", "engine", stride("values", "token", lambda _: 2**63 - 1)),
+    "the most negative stride": ("layout", "engine", stride("keys", "head", lambda _: -(2**63))),
     "table of int64": ("order", "packed", order(lambda t: t.long())),
     "table too short": ("order", "packed", order(lambda t: t[1:])),
     "table as a matrix": ("order", "packed", order(lambda t: t.view(2, -1))),
@@ -134,7 +144,7 @@ WRONG_VALUES: dict[str, tuple[str, str, Change]] = {  # a GPU does not look at t
     "slot behind the pages": ("slots", "engine", slots(with_value(3, SIZES.num_blocks * SIZES.block_size))),
     "slot below -1": ("slots", "engine", slots(with_value(12, -2))),
     "huge slot": ("slots", "engine", slots(with_value(0, 2**62))),
-    "table entry behind the block": ("order", "packed", order(with_value(5, 2 * 4 * 3 * 20))),
+    "table entry behind the block": ("order", "packed", order(with_value(5, BLOCK_ELEMENTS))),
     "table entry behind the blocks of the second cache": ("order", "packed", second_cache(lambda t: t[:, :-1])),
     "table entry behind the blocks of the first cache": (
         "order",

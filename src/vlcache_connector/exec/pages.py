@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlcache_connector.kernels.ops import PageLayout
+from vlcache_connector.kernels.ops import PageLayout, Strides
 from vlcache_connector.types import Run
 
 CacheUpdate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -84,14 +84,21 @@ def _learn_order(paged: PagedLayer, shape: tuple[int, int, int, int]) -> torch.T
 
 
 def _page_layout(block_size: int, order: torch.Tensor) -> PageLayout:
-    """Strides where the order is affine, as all unpacked layouts are; the index table otherwise."""
+    """Strides where they say the order of keys and that of values; the index table otherwise."""
     physical = order.cpu()
-    origin = int(physical.flatten()[0])
-    ones = [tuple(int(i == axis) for i in range(4)) for axis in range(4)]
-    strides = [int(physical[one]) - origin if physical.shape[a] > 1 else 0 for a, one in enumerate(ones)]
-    grid = torch.full_like(physical, origin)
-    for axis, (size, stride) in enumerate(zip(physical.shape, strides, strict=True)):
-        grid += (torch.arange(size) * stride).view([-1 if i == axis else 1 for i in range(4)])
-    if min(strides) >= 0 and torch.equal(grid, physical):
-        return PageLayout(block_size, (origin, strides[0], strides[1], strides[2], strides[3]))
-    return PageLayout(block_size, (), physical.flatten().to(order.device, torch.int32))
+    keys, values = _strides(physical[0]), _strides(physical[1])
+    if keys is None or values is None:
+        return PageLayout(block_size, order=physical.flatten().to(order.device, torch.int32))
+    return PageLayout(block_size, keys, values)
+
+
+def _strides(physical: torch.Tensor) -> Strides | None:
+    """Of the offsets [token, head, dim] of keys or values; None where no strides give them all."""
+    origin = int(physical[0, 0, 0])
+    token, head, dim = (
+        int(physical.select(axis, 1).flatten()[0]) - origin if size > 1 else 1
+        for axis, size in enumerate(physical.shape)
+    )
+    tokens, heads, dims = (torch.arange(size) for size in physical.shape)
+    grid = origin + token * tokens.view(-1, 1, 1) + head * heads.view(-1, 1) + dim * dims
+    return Strides(origin, token, head, dim) if torch.equal(grid, physical) else None

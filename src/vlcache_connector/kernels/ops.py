@@ -6,6 +6,7 @@ device that has none, the plain-PyTorch twin of `ref` is registered instead, so 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 
@@ -22,17 +23,40 @@ _SCHEMAS = (
 )
 
 
+class Strides(NamedTuple):
+    """Where element (token, head, dim) of a block's keys or values lies: at `origin` and so many elements further for
+    each token, head and dimension.
+    """
+
+    origin: int
+    token: int
+    head: int
+    dim: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PageLayout:
     """Where element (K or V, token, head, dim) of a block lies in the block's memory, in elements.
 
-    `strides` are (origin, K/V, token, head, dim); packed layouts have an `order` instead: int32
-    [2 * block_size * heads * dim], logical element -> physical offset.
+    Keys and values have strides of their own: some engines store keys transposed, the tokens of a dimension side by
+    side. Packed layouts have an `order` instead: int32 [2 * block_size * heads * dim], logical element -> physical
+    offset.
     """
 
     block_size: int
-    strides: tuple[int, int, int, int, int] | tuple[()]
+    keys: Strides | None = None
+    values: Strides | None = None
     order: torch.Tensor | None = None
+
+    @classmethod
+    def alike(cls, block_size: int, keys: Strides, kv: int) -> Self:
+        """Values lie as keys do, `kv` elements further on."""
+        return cls(block_size, keys, keys._replace(origin=keys.origin + kv))
+
+    @property
+    def numbers(self) -> list[int]:
+        """What the schemas call `layout`: the strides of keys, then of values; nothing of a packed layout."""
+        return [*(self.keys or ()), *(self.values or ())]
 
 
 def load_rows(
@@ -61,7 +85,7 @@ def load_rows(
         RuntimeError: an argument has a wrong shape, type or device; the message names it. Nothing was written.
     """
     torch.ops.vlcache.load_rows(
-        entry, list(caches), slots, turns, is_neox, scales, layout.block_size, list(layout.strides), layout.order
+        entry, list(caches), slots, turns, is_neox, scales, layout.block_size, layout.numbers, layout.order
     )
 
 
@@ -76,9 +100,7 @@ def save_rows(
     """Copy tokens from pages into `entry`, the inverse of `load_rows` without rotation. Tokens with slot -1 keep what
     `entry` has. Arguments and errors as there.
     """
-    torch.ops.vlcache.save_rows(
-        entry, list(caches), slots, scales, layout.block_size, list(layout.strides), layout.order
-    )
+    torch.ops.vlcache.save_rows(entry, list(caches), slots, scales, layout.block_size, layout.numbers, layout.order)
 
 
 def sparse_query_attention(
@@ -124,7 +146,7 @@ def sparse_query_attention(
         position,
         scales,
         layout.block_size,
-        list(layout.strides),
+        layout.numbers,
         layout.order,
         softmax_scale,
         window,

@@ -74,15 +74,15 @@ def require_layout(
         inside = order.is_cuda or order.numel() == 0 or bool((order.min() >= 0) & (order.max() <= end))
         require(inside, f"order: expected 0 to {end}, found others")
         return
-    require(len(layout) == 5, f"layout: expected 5 numbers (origin and strides), found {len(layout)}")
+    wanted = "8 numbers (origin and strides of token, head, dim; of K, then of V)"
+    require(len(layout) == 8, f"layout: expected {wanted}, found {len(layout)}")
     if heads * dim == 0:
         return
-    spans = [stride * (size - 1) for stride, size in zip(layout[1:], (2, block_size, heads, dim), strict=True)]
-    first, last = (layout[0] + sum(pick(span, 0) for span in spans) for pick in (min, max))
-    require(
-        first >= 0 and last <= end,
-        f"layout: expected elements 0 to {end} of a block of {name}, found {first} to {last}",
-    )
+    for origin, *strides in (layout[:4], layout[4:]):
+        spans = [stride * (size - 1) for stride, size in zip(strides, (block_size, heads, dim), strict=True)]
+        first, last = (origin + sum(pick(span, 0) for span in spans) for pick in (min, max))
+        inside = first >= 0 and last <= end
+        require(inside, f"layout: expected elements 0 to {end} of a block of {name}, found {first} to {last}")
 
 
 def require_slots(slots: torch.Tensor, end: int) -> None:
@@ -97,14 +97,12 @@ def block_elements(
     heads: int, dim: int, block_size: int, layout: Sequence[int], order: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
     """Offsets in a block of all its elements: int64 [2, block_size, heads, dim]."""
-    shape = (2, block_size, heads, dim)
     if order is not None:
-        return order.view(shape).long()
-    elements = torch.full(shape, layout[0], dtype=torch.int64, device=device)
-    for axis, (stride, size) in enumerate(zip(layout[1:], shape, strict=True)):
-        steps = torch.arange(size, device=device) * stride
-        elements += steps.view([size if axis == i else 1 for i in range(4)])
-    return elements
+        return order.view(2, block_size, heads, dim).long()
+    strides = torch.tensor(layout, device=device).view(2, 4, 1, 1, 1)
+    origin, token, head, element = strides.unbind(1)
+    tokens, all_heads, dims = (torch.arange(size, device=device) for size in (block_size, heads, dim))
+    return origin + token * tokens.view(-1, 1, 1) + head * all_heads.view(-1, 1) + element * dims
 
 
 def flat_memory(cache: torch.Tensor) -> torch.Tensor:
