@@ -19,26 +19,17 @@ compiling takes minutes on a small machine. OMP_NUM_THREADS=1 gives even times a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import photos
-from bench.results import OUT, ROOT, circumstances, say, shown, warn_when_busy, write_json
+from bench.engine import PLACEHOLDER, Engine, VariantError
+from bench.results import OUT, circumstances, say, shown, warn_when_busy, write_json
 from bench.ttft_plot import plot
-from bench.ttft_report import Case, Measured, Repeat, print_results, report_json
-from checkpoints import cached_checkpoint
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the CPU build warns twice per request
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+from bench.ttft_report import Case, Repeat, print_results, report_json
 
 # Image tokens are multiples of the CPU's block size of 128 and the text has about 64 tokens: an exact hit computes the
 # prompt's last, incomplete block, so here it computes as many tokens as it does on average.
@@ -57,54 +48,10 @@ ENGINE = {
     "max_num_batched_tokens": 16384,
     "max_num_seqs": 4,
     "limit_mm_per_prompt": {"image": 2, "video": 0},
-    "skip_mm_profiling": True,
-    "enable_mm_processor_stats": True,  # counts and times the encoder's runs
-    "disable_log_stats": False,  # otherwise answers carry no engine times
     # One encoder block in eight attends to the whole picture, the others to windows, as in the released models.
     "hf_overrides": {"vision_config": {"fullatt_block_indexes": [7]}},
-    "kv_transfer_config": {
-        "kv_connector": "VLCacheConnector",
-        "kv_connector_module_path": "vlcache_connector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"host_gib": 2},
-    },
 }
-PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
 OPENING = "These pictures come behind words that were never in front of them before, and that is all that is new. "
-
-
-class VariantError(Exception):
-    """A variant did not do what its name says, so there is nothing to compare."""
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    llm: Any
-
-    def forget(self) -> None:
-        """Empty vLLM's own prefix and encoder caches; not the entries, not the preprocessed images."""
-        if not self.llm.reset_prefix_cache():
-            raise VariantError("vLLM could not reset its prefix cache: a request still holds blocks")
-        self.llm.llm_engine.reset_encoder_cache()
-
-    def ask(self, text: str, images: list[Any], vlcache: dict[str, Any]) -> Measured:
-        from vllm import SamplingParams
-
-        extra = {"kv_transfer_params": {"vlcache": vlcache}}
-        sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, extra_args=extra)
-        prompt = {"prompt": text, "multi_modal_data": {"image": images}}
-        start = time.perf_counter()
-        (output,) = self.llm.generate(prompt, sampling, use_tqdm=False)
-        wall_s = time.perf_counter() - start
-        encoder = self.llm.collective_rpc("get_encoder_timing_stats")[0].values()
-        return Measured(
-            output.metrics.first_token_ts - output.metrics.queued_ts,
-            wall_s,
-            len(output.prompt_token_ids),
-            output.kv_transfer_params["vlcache"],
-            sum(run["num_encoder_calls"] for run in encoder),
-            sum(run["encoder_forward_secs"] for run in encoder),
-        )
 
 
 def prompt_of(images: list[Any], opening: str) -> str:
@@ -168,15 +115,8 @@ def main() -> int:
     repeats = options.repeats or (2 if options.quick else 5)
     facts = circumstances() | {"options": vars(options) | {"repeats": repeats}, "model": MODEL, "engine": ENGINE}
     warn_when_busy()
-    say("building or finding the checkpoint")
-    checkpoint = cached_checkpoint("qwen2_5_vl", root=ROOT / ".checkpoints", **MODEL)
-    say("the engine starts " + ("and compiles" if options.compiled else "(eager)"))
-    import torch
-    from vllm import LLM
-
-    engine = Engine(LLM(str(checkpoint), enforce_eager=not options.compiled, **ENGINE))
-    facts["threads"] = torch.get_num_threads()
-    say(f"ready, {facts['threads']} threads")
+    engine = Engine.start(MODEL, options.compiled, **ENGINE)
+    facts["threads"] = engine.num_threads
     try:
         cases = CASES[:QUICK_CASES] if options.quick else CASES
         results = {case: measure(engine, case, repeats) for case in cases}

@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench.bench_ttft import Engine, VariantError, learn, repeat_once
+from bench.bench_ttft import learn, repeat_once
+from bench.engine import Engine, VariantError
 from bench.results import say, write_json
 from bench.ttft_report import Case, print_results, report_json
 from checkpoints import VOCAB_SIZE, train_tokenizer, write_preprocessors

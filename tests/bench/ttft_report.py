@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bench.engine import Measured
 from bench.photos import Name
 from bench.results import table
 
@@ -19,16 +20,6 @@ class Case:
     @property
     def num_image_tokens(self) -> int:
         return sum(columns * rows for _, columns, rows in self.images)
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    engine_s: float  # from the scheduler's queue to the first token
-    wall_s: float  # `LLM.generate`
-    num_prompt_tokens: int
-    accounting: dict[str, Any]
-    encoder_runs: int
-    encoder_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from soak import faults, journal
 from soak.ledger import Ledger
 from soak.notes import AuditedECMetadata, AuditedMetadata, Keys, WholePrompt
@@ -30,12 +32,13 @@ class Auditor:
     again.
     """
 
-    def __init__(self, seed: int, share: float) -> None:
+    def __init__(self, seed: int, share: float, has_disk: bool) -> None:
         self._dice = random.Random(f"{seed} audits")
         self._share = share
-        self._ledger = Ledger()
+        self._ledger = Ledger(comes_back=has_disk)
         self._pieces: dict[int, list[ReusePiece]] = {}
         self._replay: Replay | None = None
+        self._encoded: dict[str, dict[int, torch.Tensor]] = {}  # by request, then by offset
         self._spoils_pages = False
         self._slab: Any = None
         self.keys: Keys = {}
@@ -115,6 +118,23 @@ class Auditor:
                 top = self._scratch(worker).first_token(whole.prompt, whole.covered, whole.block_ids)
                 self._foretell(whole, top, "resumed")
 
+    def foretell_behind(self, worker: VLCacheWorker, step: AuditedMetadata) -> None:
+        """Requests with images behind approximate KV: their encoder output is kept until the prompt is complete."""
+        for name in step.over:
+            self._encoded.pop(name, None)
+        for request in step.behind:
+            name, cache = request.whole.request_id, worker._session.encoder_cache
+            known = self._encoded.setdefault(name, {})
+            known |= {at: cache[image].clone() for at, image in request.images if at not in known and image in cache}
+            if request.is_complete:
+                self._encoded.pop(name)
+                if len(known) < len(request.images):
+                    journal.note("audit", what="image behind that was gone")
+                elif self._dice.random() < self._share:
+                    whole, scratch = request.whole, self._scratch(worker)
+                    top = scratch.first_token(whole.prompt, whole.covered, whole.block_ids, list(known.items()))
+                    self._foretell(whole, top, "image behind")
+
     def _foretell(self, whole: WholePrompt, top: list[tuple[int, float]], how: str) -> None:
         journal.note("foretold", request=whole.request_id, how=how, num_local=whole.num_local, top=top)
 
@@ -152,6 +172,7 @@ def _attach_to_steps(auditor: Auditor) -> None:
         run_step(self, metadata)
         if auditor.step is not None:
             _audit(auditor.foretell_resumed, self, auditor.step.resumed)
+            _audit(auditor.foretell_behind, self, auditor.step)
         auditor.keys.clear()
 
     def reusing(self: VLCacheWorker, pieces: Sequence[ReusePiece]) -> None:

@@ -30,6 +30,6 @@ def _rarely_too_dear(seed: int) -> None:
 faults.plant(_seed, float(os.environ[journal.FAULT_RATE]))
 _rarely_too_dear(_seed)
 notes.attach()
-_auditor = audits.Auditor(_seed, float(os.environ[journal.AUDIT_SHARE]))
+_auditor = audits.Auditor(_seed, float(os.environ[journal.AUDIT_SHARE]), os.environ[journal.HAS_DISK] == "1")
 audits.attach(_auditor)
 state.attach(VLCacheConnector, _auditor.spoil)

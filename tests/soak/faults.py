@@ -43,7 +43,7 @@ SITES = (
     Site(_ENGINE + "kv_worker", "save_run", may_be_late=True),
     Site(_ENGINE + "kv_worker", "save_embedding", may_be_late=True),
     Site(_ENGINE + "ec_sides", "save_embedding", may_be_late=True),
-    Site(_ENGINE + "ec_sides:ECWorker", "_load", may_be_late=True),
+    Site(_ENGINE + "ec_sides:ECWorker", "_load", weight=10, may_be_late=True),  # once in a hundred requests
     Site("vlcache_connector.exec.recompute:Recompute", "run", may_be_late=True),
 )
 

@@ -14,10 +14,14 @@ class _Record:
 
 
 class Ledger:
-    """Digests by offset. A write forgets what it overlaps: the index must have given those bytes up."""
+    """Digests by offset. A write forgets what it overlaps: the index must have given those bytes up.
 
-    def __init__(self) -> None:
+    With `comes_back`, another process may bring an entry back that had left: to any place, and as it once was.
+    """
+
+    def __init__(self, comes_back: bool = False) -> None:
         self._records: dict[int, _Record] = {}
+        self._ever: dict[tuple[bytes, int], set[bytes]] | None = {} if comes_back else None  # key, size -> digests
 
     def wrote(self, slab: torch.Tensor, offset: int, nbytes: int, key: bytes) -> None:
         end = offset + nbytes
@@ -25,6 +29,8 @@ class Ledger:
         for start in overlapped:
             del self._records[start]
         self._records[offset] = _Record(key, end, _digest(slab[offset:end]))
+        if self._ever is not None:
+            self._ever.setdefault((key, nbytes), set()).add(self._records[offset].digest)
 
     def offsets(self) -> list[int]:
         """Where entries begin."""
@@ -33,6 +39,8 @@ class Ledger:
     def problem(self, slab: torch.Tensor, offset: int, nbytes: int, key: bytes) -> str | None:
         """Why these bytes are not those that were written for `key`; None when they are."""
         record = self._records.get(offset)
+        if self._ever is not None and _digest(slab[offset : offset + nbytes]) in self._ever.get((key, nbytes), ()):
+            return None
         if record is None:
             return f"nothing was written at {offset}, or it was overwritten"
         if record.key != key:

@@ -4,6 +4,7 @@ Jobs name byte ranges only. With the keys beside them, a worker can tell whether
 scheduler side means. With the whole prompt beside the last piece of a reuse, it can compute the answer's first token.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +31,22 @@ class WholePrompt:
     covered: int
 
 
+@dataclass(frozen=True, slots=True)
+class ImagesBehind:
+    """A request that goes on behind approximate KV with images whose encoder output this step may have made."""
+
+    whole: WholePrompt
+    images: tuple[tuple[int, str], ...]  # offset and identifier
+    is_complete: bool  # this step computes the last token of the prompt
+
+
 @dataclass(slots=True)
 class AuditedMetadata(VLCacheMetadata):
     keys: Keys = field(default_factory=dict)
     loaded: dict[int, WholePrompt] = field(default_factory=dict)  # reuse job whose last piece is in this step
     resumed: list[WholePrompt] = field(default_factory=list)  # on approximate blocks of the prefix cache, without a job
+    behind: list[ImagesBehind] = field(default_factory=list)
+    over: tuple[str, ...] = ()  # requests that have ended
 
 
 @dataclass(slots=True)
@@ -43,6 +55,7 @@ class AuditedECMetadata(VLCacheECMetadata):
 
 
 _resumed: list[WholePrompt] = []
+_covered: dict[str, int] = {}  # where the latest admission begins to compute
 _num_local: dict[str, int] = {}  # local hit of the latest question, which a planted fault may have kept from the state
 
 
@@ -56,7 +69,7 @@ def _attach_to_questions() -> None:
     ask, admit = VLCacheScheduler.get_num_new_matched_tokens, VLCacheScheduler.update_state_after_alloc
     finish = VLCacheScheduler.request_finished
 
-    def asking(self: VLCacheScheduler, request: Any, num_local: int) -> int:
+    def asking(self: VLCacheScheduler, request: Any, num_local: int) -> int | None:
         _num_local[request.request_id] = num_local
         state = self._states.get(request.request_id)
         if state is not None and state.is_loaded:  # preempted: what was foretold of it may not come true
@@ -68,6 +81,7 @@ def _attach_to_questions() -> None:
         was_loaded = state is not None and state.is_loaded
         admit(self, request, block_ids, num_external)
         num_local = _num_local.pop(request.request_id, 0)
+        _covered[request.request_id] = max(_covered.get(request.request_id, 0) * was_loaded, num_local + num_external)
         if state is None or was_loaded or num_external or not state.is_approximate:
             return
         whole = _whole_prompt(state, tuple(block_ids), num_local)
@@ -78,6 +92,7 @@ def _attach_to_questions() -> None:
         state = self._states.get(request.request_id)
         journal.note("finished", request=request.request_id, approximate=state is not None and state.is_approximate)
         _num_local.pop(request.request_id, None)
+        _covered.pop(request.request_id, None)
         return finish(self, request)
 
     setattr(VLCacheScheduler, "request_finished", finishing)  # noqa: B010
@@ -102,6 +117,8 @@ def _attach_to_metadata() -> None:
             _keys(self._session, {job.job_id for job in jobs}),
             _loaded(self, plain),
             resumed,
+            list(_behind(self, output)),
+            tuple(output.finished_req_ids),
         )
 
     def building_ec(self: ECScheduler, runs_forward: bool) -> VLCacheECMetadata:
@@ -124,13 +141,38 @@ def _loaded(scheduler: VLCacheScheduler, metadata: VLCacheMetadata) -> dict[int,
     return found
 
 
+def _behind(scheduler: VLCacheScheduler, output: Any) -> Iterator[ImagesBehind]:
+    for request_id, num_tokens in output.num_scheduled_tokens.items():
+        state, covered = scheduler._states.get(request_id), _covered.get(request_id, 0)
+        if state is None or not state.is_approximate or state.request.num_output_tokens:
+            continue
+        request = state.request
+        places = [(feature.mm_position, feature.identifier) for feature in request.mm_features]
+        images = tuple((place.offset, name) for place, name in places if place.offset + place.length > covered)
+        if images and request.num_computed_tokens >= covered:
+            prompt = state.prompt(request.num_prompt_tokens)
+            assert scheduler._kv_cache_manager is not None
+            block_ids = scheduler._kv_cache_manager.get_block_ids(request_id)[0]
+            whole = WholePrompt(request_id, prompt, tuple(block_ids), state.num_local, covered)
+            yield ImagesBehind(whole, images, request.num_computed_tokens + num_tokens >= request.num_prompt_tokens)
+
+
 def _keys(session: Any, job_ids: set[int]) -> Keys:
     found: Keys = {}
     for job_id in job_ids:
         job = session._jobs[job_id]
         entries = [*job.pinned, *([job.written] if job.written is not None else [])]
-        found[job_id] = [(entry.extent.offset, entry.extent.nbytes, entry.key) for entry in entries]
+        found[job_id] = [(entry.extent.offset, _content_nbytes(session, entry), entry.key) for entry in entries]
     return found
+
+
+def _content_nbytes(session: Any, entry: Any) -> int:
+    """Without what the extent is rounded up by, which moves to no other tier. The KV of a token is larger than its
+    embedding.
+    """
+    kv_nbytes: int = session.layout.kv_nbytes(entry.num_tokens)
+    embedding_nbytes: int = session.layout.embedding_nbytes(entry.num_tokens)
+    return kv_nbytes if kv_nbytes <= entry.extent.nbytes else embedding_nbytes
 
 
 def _whole_prompt(state: RequestState, block_ids: tuple[int, ...], covered: int) -> WholePrompt | None:

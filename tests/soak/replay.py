@@ -80,17 +80,21 @@ class Replay:
         return read_rows(self._pages, self._blocks, Run(job.start, job.end))
 
     def first_token(
-        self, prompt: Prompt, covered: int, block_ids: Sequence[int] | None = None
+        self,
+        prompt: Prompt,
+        covered: int,
+        block_ids: Sequence[int] | None = None,
+        embeddings: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> list[tuple[int, float]]:
         """The likeliest first tokens behind a prompt of which `covered` tokens are in place: in the scratch pages, or
-        in the live blocks `block_ids`; the rest is text.
+        in the live blocks `block_ids`; the rest is text, and images with these encoder outputs by offset.
         """
         if block_ids is not None:
             assert self._worker._pages is not None
             before = Run(0, covered)
             write_rows(self._pages, self._blocks, before, read_rows(self._worker._pages, block_ids, before))
         positions = self._worker._stack.positions(prompt)
-        self._compute(prompt, positions, (Run(covered, len(prompt.token_ids)),), [])
+        self._compute(prompt, positions, (Run(covered, len(prompt.token_ids)),), list(embeddings))
         hidden, residual = self._stack.last
         stack: Any = self._worker._stack
         normed, _ = stack._decoder.norm(hidden[-1:], residual[-1:])

@@ -12,6 +12,7 @@ class Report:
     """`broken` is empty when everything that was promised happened, and nothing else."""
 
     settings: dict[str, Any]
+    circumstances: dict[str, Any] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     duration_s: float = 0.0
     requests: dict[str, int] = field(default_factory=dict)

@@ -63,10 +63,10 @@ def _elements(pages: Pages) -> torch.Tensor:
     layout, shape = pages.layout, (2, pages.block_size, *pages.row_shape)
     if layout.order is not None:
         return layout.order.view(shape).long().cpu()
-    assert layout.strides
-    origin, *strides = layout.strides
-    axes = [torch.arange(size) * stride for size, stride in zip(shape, strides, strict=True)]
-    return origin + sum(torch.meshgrid(*axes, indexing="ij"), torch.zeros(shape, dtype=torch.int64))
+    assert layout.keys and layout.values
+    token, head, dim = torch.meshgrid(*(torch.arange(size) for size in shape[1:]), indexing="ij")
+    halves = (layout.keys, layout.values)
+    return torch.stack([half.origin + token * half.token + head * half.head + dim * half.dim for half in halves])
 
 
 def _places(pages: Pages, block_ids: Sequence[int], run: Run) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,8 @@ class Settings:
     pictures: int = 48
     seed: int = 0
     host_mib: float = 12.0
-    blocks: int = 72
+    disk_mib: float = 0.0  # 0: no disk tier
+    blocks: int = 60
     fault_rate: float = 0.01
     audit_share: float = 1.0
     family: str = "qwen2_5_vl"
@@ -37,11 +38,14 @@ class Settings:
 
     def arguments(self) -> list[str]:
         """Of `vllm serve`. Few blocks, so that requests push each other out; small steps, so that reuse is cut."""
+        tiers: dict[str, object] = {"host_gib": self.host_mib / 1024}
+        if self.disk_mib:
+            tiers |= {"disk_path": str(Path(self.folder).absolute() / "disk"), "disk_gib": self.disk_mib / 1024}
         transfer = {
             "kv_connector": "VLCacheConnector",
             "kv_connector_module_path": "soak.connector",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {"host_gib": self.host_mib / 1024, "min_reuse_tokens": 16},
+            "kv_connector_extra_config": tiers | {"min_reuse_tokens": 16},
         }
         limits = {
             "--max-model-len": 1536,
@@ -67,12 +71,16 @@ class Settings:
             journal.SEED: str(self.seed),
             journal.FAULT_RATE: str(self.fault_rate),
             journal.AUDIT_SHARE: str(self.audit_share),
+            journal.HAS_DISK: "1" if self.disk_mib else "0",
             "PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH", "")))),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "TOKENIZERS_PARALLELISM": "false",
+            # One thread, free to move: threads that wait for each other spin, and beside other work they wait long.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
         }
 
     @contextlib.contextmanager

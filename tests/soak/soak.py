@@ -22,6 +22,7 @@ TESTS = Path(__file__).parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(TESTS)  # in place of this folder, whose modules are a package's
 
+from bench.results import circumstances  # type: ignore[attr-defined]  # noqa: E402  # mypy finds the folder beside it
 from checkpoints import cached_checkpoint  # noqa: E402
 from e2e.server import Server  # noqa: E402
 from soak import journal, state  # noqa: E402
@@ -45,7 +46,7 @@ def run(settings: Settings) -> Report:
     # The engine's encoder cache holds as many tokens as the largest picture may have: few, so that it evicts as well.
     sizes: dict[str, Any] = {"hidden": 256, "layers": 4, "dtype": "float32", "max_pixels": 128 * 1024}
     checkpoint = cached_checkpoint(settings.family, **sizes)  # type: ignore[arg-type]
-    report = Report(asdict(settings))
+    report = Report(asdict(settings), circumstances=circumstances())
     with settings.in_environment():
         server = Server(checkpoint, folder / "server.log", *settings.arguments())
     try:

@@ -44,6 +44,16 @@ def test_another_entry_at_the_same_place_is_noticed(slab: torch.Tensor) -> None:
     assert "overwritten" in (ledger.problem(slab, 64, 32, KEY) or "")
 
 
+def test_an_entry_that_comes_back_from_a_lower_tier_must_be_as_it_was(slab: torch.Tensor) -> None:
+    ledger = Ledger(comes_back=True)
+    ledger.wrote(slab, 64, 32, KEY)
+    slab[128:160] = slab[64:96]
+    assert ledger.problem(slab, 128, 32, KEY) is None
+    assert ledger.problem(slab, 128, 32, OTHER) is not None and ledger.problem(slab, 128, 16, KEY) is not None
+    slab[140] ^= 1
+    assert ledger.problem(slab, 128, 32, KEY) is not None
+
+
 def stored_rows() -> torch.Tensor:
     return torch.randn(2, 2, 5, 2, 8, generator=torch.Generator().manual_seed(0))
 

@@ -1,0 +1,104 @@
+"""One engine in the process of a benchmark, asked one request after the other.
+
+Times are the engine's own: from the moment its scheduler has the request until the first token is there. Wall-clock
+times add tokenising, preprocessing and hashing the images. OMP_NUM_THREADS=1 gives even times also while other work is
+going on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.results import ROOT, say
+from checkpoints import cached_checkpoint
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the CPU build warns twice per request
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
+CONNECTOR = {
+    "kv_connector": "VLCacheConnector",
+    "kv_connector_module_path": "vlcache_connector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {"host_gib": 2},
+}
+
+
+class VariantError(Exception):
+    """A variant did not do what its name says, so there is nothing to compare."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    engine_s: float  # from the scheduler's queue to the first token
+    wall_s: float  # `LLM.generate`
+    num_prompt_tokens: int
+    accounting: dict[str, Any]
+    encoder_runs: int
+    encoder_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    llm: Any
+
+    @classmethod
+    def start(cls, model: Mapping[str, Any], compiled: bool = False, **options: Any) -> Engine:
+        """A Qwen2.5-VL with random weights of the sizes `model`; `options` go to `vllm.LLM`."""
+        say("building or finding the checkpoint")
+        checkpoint = cached_checkpoint("qwen2_5_vl", root=ROOT / ".checkpoints", **model)
+        say("the engine starts " + ("and compiles" if compiled else "(eager)"))
+        from vllm import LLM
+
+        defaults: dict[str, Any] = {
+            "skip_mm_profiling": True,
+            "enable_mm_processor_stats": True,  # counts and times the encoder's runs
+            "disable_log_stats": False,  # otherwise answers carry no engine times
+            "kv_transfer_config": CONNECTOR,
+        }
+        engine = cls(LLM(str(checkpoint), enforce_eager=not compiled, **(defaults | options)))
+        say(f"ready, {engine.num_threads} threads")
+        return engine
+
+    @property
+    def num_threads(self) -> int:
+        import torch
+
+        return torch.get_num_threads()
+
+    def forget(self) -> None:
+        """Empty vLLM's own prefix and encoder caches; not the entries, not the preprocessed images."""
+        if not self.llm.reset_prefix_cache():
+            raise VariantError("vLLM could not reset its prefix cache: a request still holds blocks")
+        self.forget_encoder_outputs()
+
+    def forget_encoder_outputs(self) -> None:
+        self.llm.llm_engine.reset_encoder_cache()
+
+    def ask(self, text: str, images: Sequence[Any], vlcache: Mapping[str, Any], salt: str | None = None) -> Measured:
+        from vllm import SamplingParams
+
+        extra = {"kv_transfer_params": {"vlcache": dict(vlcache)}}
+        sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, extra_args=extra)
+        prompt: dict[str, Any] = {"prompt": text, "multi_modal_data": {"image": list(images)}}
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        start = time.perf_counter()
+        (output,) = self.llm.generate(prompt, sampling, use_tqdm=False)
+        wall_s = time.perf_counter() - start
+        encoder = self.llm.collective_rpc("get_encoder_timing_stats")[0].values()
+        return Measured(
+            output.metrics.first_token_ts - output.metrics.queued_ts,
+            wall_s,
+            len(output.prompt_token_ids),
+            output.kv_transfer_params["vlcache"],
+            sum(run["num_encoder_calls"] for run in encoder),
+            sum(run["encoder_forward_secs"] for run in encoder),
+        )
