@@ -1,7 +1,8 @@
 # Every target that needs Python sets its environment up first: .ci/setup.sh does that, then runs Python with its arguments.
 PYTHON := .ci/setup.sh
 
-.PHONY: help setup demo test check cuda sanitize bench bench-ops bench-decode soak gpu clean
+.PHONY: help setup demo test check cuda sanitize soak gpu clean
+.PHONY: bench bench-ops bench-decode bench-disk bench-snapshot bench-turns bench-tenants
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -38,7 +39,19 @@ bench-ops: ## measure the operations on the CPU, beside memcpy and the engine's 
 bench-decode: ## measure how evenly requests decode while long prompts are reused
 	@$(PYTHON) tests/bench/bench_decode.py
 
-soak: ## send 10000 mixed requests to a server with planted faults, and check every answer (hours on a small machine)
+bench-turns: ## measure later turns of conversations that used reuse, beside plain prefix caching
+	@$(PYTHON) tests/bench/bench_turns.py
+
+bench-tenants: ## try to learn by timing what another tenant has shown
+	@$(PYTHON) tests/bench/bench_tenants.py
+
+bench-disk: ## measure the disk tier beside plain reads and writes, its start-up and its look-ups
+	@$(PYTHON) tests/bench/bench_disk.py
+
+bench-snapshot: ## measure what a snapshot of the host tier does to look-ups and inserts, beside fork() (20 GiB of memory)
+	@$(PYTHON) tests/bench/bench_snapshot.py
+
+soak: ## send 10000 mixed requests to a server with planted faults, and check every answer (10 minutes on two idle cores)
 	@$(PYTHON) tests/soak/soak.py --requests 10000
 
 gpu: ## test and measure the operations on this machine's GPU, with its python3 as it is

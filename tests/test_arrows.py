@@ -31,7 +31,8 @@ ARROWS: dict[str, set[str]] = {
     "__init__": {"engine"},  # by name, on first use
     "environment": {"errors", "kernels", "engine"},
     "explain": {"errors"},
-    "cli": {"environment", "explain"},
+    "simulate": _GROUND | {"store"},
+    "cli": {"errors", "environment", "explain", "simulate", "store"},
 }
 MAY_IMPORT_VLLM = {"engine"}
 MAY_IMPORT_TORCH = {"engine", "exec", "kernels", "environment", "store/slab.py"}

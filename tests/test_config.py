@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlcache_connector.config import Options, RequestOptions
+from vlcache_connector.config import CLASSES, EVICTION, Options, RequestOptions
 from vlcache_connector.errors import OptionError
 from vlcache_connector.policy import POLICIES
 from vlcache_connector.types import Mode
@@ -27,9 +27,30 @@ OPTIONS: dict[str, tuple[list[Any], list[Any], str]] = {
         [0, 0.0, -1, -0.5, NAN, INF, -INF, True, False, "4", None, [4]],
         "above 0",
     ),
+    "disk_path": ([None, "/cache", "relative/folder"], ["", 1, True, ["/cache"]], "a folder"),
+    "disk_gib": (
+        [1, 0.25, 5000],
+        [0, 0.0, -1, -0.5, NAN, INF, -INF, True, False, "4", None, [4]],
+        "above 0",
+    ),
+    "snapshot_path": ([None, "/cache/snapshot"], ["", 1, True], "a folder"),
+    "snapshot_interval_s": ([None, 60, 0.5], [0, -1, NAN, INF, True, "60"], "seconds above 0"),
+    "snapshot_mib_s": ([1, 200.0], [0, -1, NAN, INF, True, None, "60"], "above 0"),
     "attention": (["engine", "vlcache", "xformers"], ["", "flash", None, 1, ["engine"]], "one of"),
     "min_reuse_tokens": ([1, 64, 10**6], [0, -1, 1.0, 64.5, NAN, INF, True, False, "64", None, [1]], "from 1"),
     "trust_client_uuids": ([True, False], [0, 1, "true", None, [], 1.0], "true or false"),
+    "eviction": (list(EVICTION), ["LRU", "", None, 1, True, ["lru"]], "lru"),
+    "quotas": (
+        [{}, {"kv": 1}, {"kv": 0.5, "embedding": 0.25, "image": 1.0, "tenant": 0.1, "tenant:a b": 0.2, "tenant:": 0.1}],
+        [None, 0.5, ["kv"], "kv", {"kv": 0}, {"kv": 1.01}, {"kv": -0.1}, {"kv": NAN}, {"kv": True}, {"kv": "0.5"}],
+        "at most 1",
+    ),
+    "ttl_s": (
+        [None, 1, 0.5, 1e9, {}, {"kv": 60, "tenant:a": 0.5}],
+        [0, -1, 0.0, NAN, INF, True, "60", ["kv"], {"kv": 0}, {"kv": None}, {"kv": INF}, {"kv": "1"}],
+        "seconds above 0",
+    ),
+    "trace_path": ([None, "trace.jsonl", "/var/log/trace"], ["", 1, True, ["a"]], "path"),
 }
 BAD = [(name, value, allowed) for name, (_, bad, allowed) in OPTIONS.items() for value in bad]
 GOOD = [(name, value) for name, (good, _, _) in OPTIONS.items() for value in good]
@@ -53,9 +74,18 @@ def test_an_empty_configuration_gives_the_documented_defaults() -> None:
         "policy": "leading",
         "recompute_ratio": 0.05,
         "host_gib": 4.0,
+        "disk_path": None,
+        "disk_gib": 64.0,
+        "snapshot_path": None,
+        "snapshot_interval_s": None,
+        "snapshot_mib_s": 200.0,
         "min_reuse_tokens": 64,
         "attention": "engine",
         "trust_client_uuids": False,
+        "eviction": "lru",
+        "quotas": {},
+        "ttl_s": None,
+        "trace_path": None,
     }
 
 
@@ -94,6 +124,21 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest_option(key: str, near
     assert repr(key) in message
     assert f"did you mean {nearest!r}?" in message
     assert "kv_connector_extra_config" in message
+
+
+@pytest.mark.parametrize("option", ["quotas", "ttl_s"])
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("kvs", "kv"), ("embeddings", "embedding"), ("Image", "image"), ("tenants", "tenant"), ("tenant=a", "tenant")],
+)
+def test_an_unknown_class_is_an_error_that_names_the_nearest(option: str, name: str, nearest: str) -> None:
+    message = message_of(lambda: Options.parse({option: {name: 0.5}}))
+    assert f"option {option!r} has no class {name!r}; did you mean {nearest!r}?" in message
+
+
+def test_a_class_that_resembles_nothing_lists_all_classes() -> None:
+    message = message_of(lambda: Options.parse({"quotas": {"zzz": 0.5, 1: 0.5}}))
+    assert all(name in message for name in (*CLASSES, "tenant:NAME"))
 
 
 def test_a_key_that_resembles_nothing_lists_all_options() -> None:

@@ -2,15 +2,18 @@
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vlcache_connector.errors import OptionError
 from vlcache_connector.policy import POLICIES
-from vlcache_connector.types import Mode
+from vlcache_connector.types import KINDS, MODALITIES, Mode
 
 ATTENTION = ("engine", "vlcache", "xformers")
+EVICTION = ("lru", "cost")
+CLASSES = (*KINDS, *MODALITIES, "tenant")
+"""Classes of entries that limits are for; besides these, "tenant:NAME" is the tenant with this cache_salt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,16 @@ class Options:
     """Share of a span's tokens to recompute, in [0, 1]; at least one token is recomputed when it is above 0."""
     host_gib: float = 4.0
     """GiB of host memory for entries, in each worker process."""
+    disk_path: str | None = None
+    """Folder in which entries are kept as well, also across restarts; several engines can share it. None: no disk."""
+    disk_gib: float = 64.0
+    """GiB of files in that folder, of all engines that use it together."""
+    snapshot_path: str | None = None
+    """Folder of a snapshot of the host tier: restored at start-up, replaced every `snapshot_interval_s`."""
+    snapshot_interval_s: float | None = None
+    """Seconds between two snapshots. None: only `vlcache snapshot` writes any."""
+    snapshot_mib_s: float = 200.0
+    """MiB per second that a snapshot writes at most."""
     min_reuse_tokens: int = 64
     """Smallest number of tokens of known media, reused or recomputed, for which a request is worth touching."""
     attention: str = "engine"
@@ -31,14 +44,38 @@ class Options:
     trust_client_uuids: bool = False
     """Accept identifiers of media that vLLM did not make by hashing their content. Only for clients that never give two
     different images the same UUID."""
+    eviction: str = "lru"
+    """Which entries leave when room is needed: "lru", the least recently used; "cost", those that save the least engine
+    time per byte and use."""
+    quotas: Mapping[str, float] = field(default_factory=dict)
+    """Class -> largest share of a tier's capacity that its entries may fill, above 0 and at most 1."""
+    ttl_s: float | Mapping[str, float] | None = None
+    """Seconds after which an entry is not found any more; one number, or class -> number."""
+    trace_path: str | None = None
+    """File in which look-ups, inserts and evictions are recorded, for `vlcache simulate`."""
 
     def __post_init__(self) -> None:
         _check("policy", self.policy, lambda v: isinstance(v, str) and v in POLICIES, f"one of {sorted(POLICIES)}")
         _check("recompute_ratio", self.recompute_ratio, _is_ratio, "a number from 0 to 1")
         _check("host_gib", self.host_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
+        _check("disk_path", self.disk_path, _is_path, "a folder")
+        _check("disk_gib", self.disk_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
+        _check("snapshot_path", self.snapshot_path, _is_path, "a folder")
+        _check("snapshot_interval_s", self.snapshot_interval_s, lambda v: v is None or _is_time(v), "seconds above 0")
+        _check("snapshot_mib_s", self.snapshot_mib_s, _is_time, "a number above 0 (MiB per second)")
         _check("min_reuse_tokens", self.min_reuse_tokens, lambda v: type(v) is int and v >= 1, "a whole number from 1")
         _check("attention", self.attention, lambda v: v in ATTENTION, f"one of {list(ATTENTION)}")
         _check("trust_client_uuids", self.trust_client_uuids, lambda v: isinstance(v, bool), "true or false")
+        _check("eviction", self.eviction, lambda v: v in EVICTION, f"one of {list(EVICTION)}")
+        shares = "an object of classes and shares, above 0 and at most 1"
+        _check("quotas", self.quotas, lambda v: _has_values(v, lambda s: _is_ratio(s) and s > 0), shares)
+        seconds = "seconds above 0, or an object of classes and seconds"
+        _check("ttl_s", self.ttl_s, lambda v: v is None or _is_time(v) or _has_values(v, _is_time), seconds)
+        for name, limits in (("quotas", self.quotas), ("ttl_s", self.ttl_s)):
+            if isinstance(limits, Mapping):
+                plain = [key for key in limits if not str(key).startswith("tenant:")]
+                _check_keys(f"option {name!r}", plain, [*CLASSES, "tenant:NAME"], "class")
+        _check("trace_path", self.trace_path, _is_path, "a file's path")
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> "Options":
@@ -73,12 +110,13 @@ class RequestOptions:
         return cls(Mode(mode), float(ratio), explain)
 
 
-def _check_keys(where: str, raw: Mapping[str, Any], known: list[str]) -> None:
-    for key in raw:
+def _check_keys(where: str, keys: Iterable[Any], known: list[str], noun: str = "option") -> None:
+    plural = "classes" if noun == "class" else f"{noun}s"
+    for key in keys:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(known)}"
-            raise OptionError(f"{where} has no option {key!r}; {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else f"known {plural} are {', '.join(known)}"
+            raise OptionError(f"{where} has no {noun} {key!r}; {hint}")
 
 
 def _check(name: str, value: Any, is_valid: Callable[[Any], bool], allowed: str) -> None:
@@ -92,3 +130,15 @@ def _is_number(value: Any) -> bool:
 
 def _is_ratio(value: Any) -> bool:
     return _is_number(value) and 0.0 <= value <= 1.0
+
+
+def _is_path(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value != "")
+
+
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and 0.0 < value < math.inf
+
+
+def _has_values(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and all(is_valid(each) for each in value.values())

@@ -19,3 +19,7 @@ class UnsupportedModelError(VLCacheError, RuntimeError):
 
 class PositionMismatchError(VLCacheError, RuntimeError):
     """The position channels of a span did not all move by one and the same delta."""
+
+
+class SnapshotError(VLCacheError, RuntimeError):
+    """A snapshot of the host tier could not be begun, written or opened."""

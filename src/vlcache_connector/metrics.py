@@ -4,6 +4,7 @@ Only `engine/stats.py` talks to Prometheus; there each name gets the prefix `vll
 """
 
 from dataclasses import dataclass
+from threading import Lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,23 +25,35 @@ METRICS: dict[str, Metric] = {
     "compiled_entries": Metric("Entries computed while the engine was idle."),
     "dropped_saves": Metric("Entries that were not written.", "reason"),
     "loaded_embeddings": Metric("Encoder outputs taken from the host tier instead of running the encoder."),
-    "evictions": Metric("Entries evicted from the host tier."),
+    "read_entries": Metric("Entries brought up into the host tier.", "tier"),
+    "read_bytes": Metric("Bytes brought up into the host tier, verified.", "tier"),
+    "read_seconds": Metric("Seconds that this took, all threads together.", "tier"),
+    "dropped_reads": Metric("Entries that could not be brought up, because the host tier had no room."),
+    "lost_entries": Metric("Entries that a tier below could not give back: gone, damaged or foreign.", "tier"),
+    "written_entries": Metric("Entries written to a tier below.", "tier"),
+    "written_bytes": Metric("Bytes written to a tier below.", "tier"),
+    "written_seconds": Metric("Seconds that this took.", "tier"),
+    "dropped_writes": Metric("Entries that were not written to the tiers below.", "reason"),
+    "evictions": Metric("Entries evicted from the host tier.", "reason"),
     "failures": Metric("Errors inside the connector; each ended as ordinary computation.", "stage"),
 }
 
 
 class Counters:
-    """Counts since the last `take`."""
+    """Counts since the last `take`, from any thread."""
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
+        self._lock = Lock()
 
     def add(self, name: str, value: float = 1, label: str = "") -> None:
         assert (METRICS[name].label is None) == (label == ""), f"metric {name!r} with label {label!r}"
         key = f"{name}:{label}" if label else name
-        self._values[key] = self._values.get(key, 0) + value
+        with self._lock:
+            self._values[key] = self._values.get(key, 0) + value
 
     def take(self) -> dict[str, float]:
         """All counts as `name` or `name:label`, and start again from zero."""
-        values, self._values = self._values, {}
+        with self._lock:
+            values, self._values = self._values, {}
         return values

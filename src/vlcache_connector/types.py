@@ -112,10 +112,14 @@ class Extent:
     nbytes: int
 
 
+KINDS = ("kv", "embedding")
+MODALITIES = ("image",)
+
+
 @dataclass(frozen=True, slots=True)
 class EntryClass:
     """What quotas and times to live go by."""
 
-    kind: str  # "kv" or "embedding"
-    modality: str  # "image"
+    kind: str  # one of `KINDS`
+    modality: str  # one of `MODALITIES`
     tenant: str = ""  # 16 hex digits that stand for a cache_salt; empty without one

@@ -1,6 +1,7 @@
 """Engines that the end-to-end tests share: each is started once, when the first test asks for it."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ os.environ.update(
 )
 
 Start = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runtime() -> Iterator[None]:
+    """Control sockets of engines lie in a folder of this session, with a short path."""
+    with tempfile.TemporaryDirectory() as where, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLCACHE_RUNTIME_DIR", f"{where}/sockets")
+        yield
 
 
 @pytest.fixture(scope="session")

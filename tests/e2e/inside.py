@@ -8,11 +8,13 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.sampling_params import RequestOutputKind
 
 from e2e.engine import Answer, Ask, answer_of, request_of
+from vlcache_connector.engine import fetches
 from vlcache_connector.engine.kv_worker import VLCacheWorker
 from vlcache_connector.engine.metadata import ReusePiece
 from vlcache_connector.engine.session import SCHEDULERS
 from vlcache_connector.exec.transfer import save_run
 from vlcache_connector.plan.costs import Prices
+from vlcache_connector.plan.keys import tenant_tag
 from vlcache_connector.types import Run
 
 _undo: list[Callable[[], None]] = []
@@ -71,6 +73,23 @@ def cached_hashes(llm: Any, ask: Ask) -> int:
 
 def reset_store(llm: Any) -> None:
     core(llm).scheduler.connector.reset_cache()
+
+
+def drain(llm: Any) -> bool:
+    """Wait until everything that is to be written is written."""
+    return bool(session(llm).lower.drain(30))
+
+
+def be_patient(llm: Any) -> None:
+    """Let requests wait for a disk longer than computing takes: the model is small, and tests share the machine."""
+    fetches.MIN_WAIT_S = fetches.MAX_WAIT_S = 60.0
+
+
+def forget_host_tier(llm: Any) -> None:
+    """Evict everything from host memory, as room for new entries does."""
+    index = session(llm).index
+    for entry in list(index._entries.values()):
+        index._remove(entry)
 
 
 def check_store(llm: Any) -> None:
@@ -189,8 +208,8 @@ def num_calls(llm: Any) -> int:
 
 def prices(llm: Any) -> dict[str, float | None]:
     """Seconds per token of each kind of work, as measured so far."""
-    found = core(llm).scheduler.connector._scheduler._prices
-    return {kind: getattr(found, kind).per_token_s for kind in ("compute", "recompute", "load")}
+    found = session(llm).prices
+    return {kind: getattr(found, kind).per_token_s for kind in ("compute", "recompute", "load", "encode")}
 
 
 def set_prices(llm: Any, per_token_s: dict[str, float]) -> None:
@@ -198,13 +217,13 @@ def set_prices(llm: Any, per_token_s: dict[str, float]) -> None:
     forget_prices(llm)
     for kind, seconds in per_token_s.items():
         for _ in range(32):
-            core(llm).scheduler.connector._scheduler._prices.add(kind, 1, seconds)
+            session(llm).prices.add(kind, 1, seconds)
 
 
 def forget_prices(llm: Any) -> None:
-    scheduler_side = core(llm).scheduler.connector._scheduler
-    scheduler_side._prices = Prices()
-    _undo.append(lambda: setattr(scheduler_side, "_prices", Prices()))
+    state = session(llm)
+    state.prices = Prices()
+    _undo.append(lambda: setattr(state, "prices", Prices()))
 
 
 def plant_on_rank(llm: Any, rank: int, owner: str, name: str) -> None:
@@ -355,3 +374,29 @@ def last_job(llm: Any) -> dict[str, Any]:
             for span in spans.values()
         ],
     }
+
+
+# -- limits and traces ------------------------------------------------------------------------------------------------
+
+
+def tag_of(salt: str) -> str:
+    return tenant_tag(salt)
+
+
+def nbytes_by_tenant(llm: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for entry in session(llm).index._entries.values():
+        tenant = entry.entry_class.tenant
+        found[tenant] = found.get(tenant, 0) + entry.extent.nbytes
+    return found
+
+
+def latest_entry(llm: Any, kind: str) -> tuple[int, float | None]:
+    """Tokens of the entry of a kind that was inserted last, and the seconds that a hit of it saves."""
+    index = session(llm).index
+    entry = [entry for entry in index._entries.values() if entry.entry_class.kind == kind][-1]
+    return entry.num_tokens, index._order._all.facts(entry.key).seconds
+
+
+def end_trace(llm: Any) -> None:
+    session(llm).trace.close()

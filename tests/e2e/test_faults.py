@@ -2,13 +2,16 @@
 lives on.
 """
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from e2e import inside
 from e2e.engine import Ask, Engine, Picture
 from e2e.test_reuse import CLOSE, LONG, OPEN, A, B, bound, bound_bf16, plain, show_pictures  # noqa: F401
+from vlcache_connector.engine import debug
 
 PROMPT: Sequence[str | Picture] = [OPEN, LONG, B, A, "what is it?", CLOSE]
 SIDES = "vlcache_connector.engine."
@@ -82,6 +85,40 @@ def test_nobody_reads_the_half_written_blocks_of_a_failed_request(
     assert all(answer.gap(one) <= bound_bf16 for answer, one in zip(answers, expected, strict=True))
 
 
+def test_a_log_at_debug_level_names_what_was_launched_before_it_failed(fresh: Engine) -> None:
+    show_pictures(fresh)
+    fresh.call(inside.plant, *REUSE_FAULTS["recompute"])
+    fresh.call(_listen)
+    try:
+        answer = fresh.ask_one(Ask(PROMPT, ratio=0.05))
+    finally:
+        launched, finished, *others = fresh.call(_heard)
+    assert not others
+    assert "launching reuse" in launched and "recompute 0-" in launched and "the last piece" in launched
+    assert "load=failed(recompute pass: planted in run) pieces=1" in finished and "reason=load_failed" in finished
+    assert f"prompt={answer.num_prompt_tokens} " in finished and f"computed={answer.num_prompt_tokens} " in finished
+
+
+_lines: list[str] = []
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _lines.append(record.getMessage())
+
+
+def _listen(llm: Any) -> None:
+    debug.logger.addHandler(_Handler())
+    debug.logger.setLevel(logging.DEBUG)
+
+
+def _heard(llm: Any) -> list[str]:
+    """What was heard so far; nothing is from now on."""
+    debug.logger.handlers.clear()
+    debug.logger.setLevel(logging.NOTSET)
+    return _lines
+
+
 @pytest.mark.parametrize("fault", SAVE_FAULTS)
 def test_a_fault_while_saving_is_only_a_future_miss(fresh: Engine, bound: float, fault: str) -> None:  # noqa: F811
     expected = plain(fresh, PROMPT)
@@ -136,7 +173,7 @@ def test_entries_are_evicted_when_the_tier_is_full_and_never_corrupted(fresh: En
     pictures = [Picture(100 + number, 560, 560) for number in range(40)]
     for picture in pictures:
         fresh.ask_one(Ask([OPEN, "first seen here ", picture, CLOSE]))
-    assert fresh.call(inside.counters)["evictions"] > 0
+    assert fresh.call(inside.counters)["evictions:room"] > 0
     recent, oldest = [OPEN, LONG, pictures[-1], CLOSE], [OPEN, LONG, pictures[0], CLOSE]
     expected = plain(fresh, recent)
     fresh.forget()

@@ -45,6 +45,21 @@ def test_another_ratio_or_tenant_has_its_own_namespace(fresh: Engine) -> None:
     assert stranger.report["reused_tokens"] > 0, "but its own"
 
 
+def test_another_tenant_gets_neither_kv_nor_encoder_output_of_a_known_picture(fresh: Engine, bound: float) -> None:  # noqa: F811
+    """vLLM's own cache of encoder outputs knows no tenants, so it is emptied before each question."""
+    show_pictures(fresh)
+    expected = plain(fresh, PROMPT)
+    for mode, salt, num_encoded in (("exact", None, 0), ("exact", "one", 1), ("reuse", "two", 1), ("reuse", None, 0)):
+        fresh.forget()
+        fresh.call(inside.count_encoder_runs)
+        answer = fresh.ask_one(Ask(PROMPT, mode, 0.05, salt=salt))
+        assert fresh.call(inside.count_encoder_runs) == num_encoded, (mode, salt)
+        assert (answer.report["reused_tokens"] > 0) == (mode == "reuse" and salt is None), (mode, salt)
+        assert answer.report["reused_tokens"] > 0 or answer.gap(expected) <= bound, (mode, salt)
+    fresh.forget()
+    assert fresh.ask_one(Ask([OPEN, A, CLOSE], ratio=0.05, salt="one")).report["reused_tokens"] > 0, "but its own"
+
+
 def test_exact_blocks_that_reach_further_are_preferred(fresh: Engine) -> None:
     show_pictures(fresh)
     expected = plain(fresh, PROMPT)

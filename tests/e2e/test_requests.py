@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from e2e import inside
-from e2e.engine import Ask, Engine, Picture, answer_of, request_of
+from e2e.engine import Answer, Ask, Engine, Picture, answer_of, request_of
 from e2e.test_reuse import CLOSE, LONG, OPEN, A, bound, plain, show_pictures  # noqa: F401
 
 PROMPT = [OPEN, LONG, A, "what is it?", CLOSE]
@@ -100,3 +100,29 @@ def test_same_size_pictures_are_never_confused(fresh: Engine, bound: float) -> N
     fresh.forget()
     answer = fresh.ask_one(Ask(other))
     assert answer.report["reason"] == "miss" and answer.gap(expected) <= bound
+
+
+def test_one_picture_under_another_processor_setting_is_another_picture(fresh: Engine, bound: float) -> None:  # noqa: F811
+    """The same bytes and as many placeholder tokens, but other pixels reach the encoder: it is resized otherwise."""
+    odd = Picture(46, 270, 290)
+    coarse = {"mm_processor_kwargs": {"resample": 0}}
+    prompt = [OPEN, LONG, odd, "what is it?", CLOSE]
+    fresh.ask_one(Ask([OPEN, odd, CLOSE]))
+    fresh.forget()
+    expected = fresh.call(_ask_with, Ask(prompt, "off"), coarse)
+    fresh.forget()
+    answer = fresh.call(_ask_with, Ask(prompt), coarse)
+    assert answer.report["reason"] == "miss" and answer.gap(expected) <= bound
+    usual = plain(fresh, prompt)
+    assert usual.num_prompt_tokens == answer.num_prompt_tokens and answer.gap(usual) > bound, "not the same to see"
+    assert fresh.call(inside.num_kv_entries) == 2
+    for more in ({}, coarse):
+        fresh.forget()
+        assert fresh.call(_ask_with, Ask([OPEN, "once more ", odd, CLOSE]), more).report["reused_tokens"] > 0
+
+
+def _ask_with(llm: Any, ask: Ask, more: dict[str, Any]) -> Answer:
+    """`more`: further fields of vLLM's prompt."""
+    prompt, sampling = request_of(ask)
+    (output,) = llm.generate(prompt | more, sampling, use_tqdm=False)
+    return answer_of(output)

@@ -24,7 +24,7 @@ def base_config() -> Any:
 
 
 @pytest.fixture(params=KINDS, ids=[f"{'async' if a else 'sync'}-{r}" for a, r in KINDS])
-def make_engine(request: Any, base_config: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeEngine]:
+def make_engine(request: Any, base_config: Any, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeEngine]:
     """`make_engine(num_blocks=20, ...)`, see `Size`; other names are options of the connector. Whatever a test does,
     its engines must come to rest afterwards with nothing left over.
     """
@@ -41,6 +41,4 @@ def make_engine(request: Any, base_config: Any, monkeypatch: pytest.MonkeyPatch)
 
     yield make
     for engine in engines:
-        engine.run()
-        engine.check_idle()
-        engine.shutdown()
+        engine.stop()

@@ -7,6 +7,7 @@ workers run as late as they may.
 """
 
 import itertools
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,11 +26,14 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import RequestStatus
 
 from engine.fake_config import BLOCK_SIZE, Size, configure
+from engine.fake_entries import FakeEntries
 from engine.fake_prompts import Ask, request_of, truth_of
 from engine.fake_records import Truth
 from engine.fake_worker import FakeWorker
-from vlcache_connector.engine.session import SCHEDULERS
+from vlcache_connector.engine.session import SCHEDULERS, entry_layout
+from vlcache_connector.engine.tiers import slab_name
 from vlcache_connector.plan.pieces import LOADED_PER_COMPUTED
+from vlcache_connector.store.slab import EntryLayout
 
 init_none_hash(sha256)
 
@@ -48,18 +52,17 @@ class FakeEngine:
         self.size = size
         self.config = configure(base, size, options)
         spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.bfloat16)
-        cache = KVCacheConfig(size.num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
-        with patch("vllm.v1.core.sched.scheduler.MultiModalBudget", lambda *_: _EncoderBudget(size.encoder_tokens)):
-            kind = AsyncScheduler if size.is_async else Scheduler
-            self.scheduler: Any = kind(self.config, cache, _NoGrammar(), BLOCK_SIZE)
-        assert self.scheduler.connector._reason is None, self.scheduler.connector._reason
         self.truths: dict[str, Truth] = {}
         self.answers: dict[str, Answer] = {}
         self.is_struck: Callable[[str, int, str], bool] = lambda stage, rank, request_id: False
         self.num_lost_pieces = 0
-        self.workers = [
-            FakeWorker(rank, BLOCK_SIZE, self.truths, self._struck, size.keeps_pixels) for rank in range(size.num_ranks)
-        ]
+        self.is_stopped = False
+        cache = KVCacheConfig(size.num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+        self.workers = [self._make_worker(rank, entry_layout(self.config, cache)) for rank in range(size.num_ranks)]
+        with patch("vllm.v1.core.sched.scheduler.MultiModalBudget", lambda *_: _EncoderBudget(size.encoder_tokens)):
+            kind = AsyncScheduler if size.is_async else Scheduler
+            self.scheduler: Any = kind(self.config, cache, _NoGrammar(), BLOCK_SIZE)
+        assert self.scheduler.connector._reason is None, self.scheduler.connector._reason
         self.steps: list[Any] = []  # scheduler outputs
         self._kv, self._ec = KVOutputAggregator(size.num_ranks), ECOutputAggregator()
         self._queue: deque[tuple[Any, list[int]]] = deque()  # scheduled, not yet answered
@@ -71,6 +74,10 @@ class FakeEngine:
         self._watch_allocations()
         self._watch_counters()
         self.num_free_at_start = self.num_free_blocks
+
+    def _make_worker(self, rank: int, layout: EntryLayout) -> FakeWorker:
+        entries = FakeEntries.make(rank, layout, self.size.host_nbytes, slab_name(self.config, rank))
+        return FakeWorker(rank, BLOCK_SIZE, self.truths, self._struck, self.size.keeps_pixels, entries)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -119,6 +126,8 @@ class FakeEngine:
         if self._queue:
             self._execute(1)
             (output, _), answer = self._queue.popleft(), self._executed.popleft()
+            if output.total_num_scheduled_tokens == 0 and self.session.lower is not None:
+                time.sleep(0.001)  # as EngineCore does, for the threads
             while self._aborts:
                 self.abort(self._aborts.pop())
             self._take(self.scheduler.update_from_output(output, answer))
@@ -163,7 +172,7 @@ class FakeEngine:
         self.run()
 
     def change_weights(self, mode: str) -> None:
-        """Pause, clear all caches, change the weights, go on."""
+        """Pause, clear all caches, change the weights, go on. Sleep of level 1 or 2 is the same: pages are gone."""
         try:
             self.pause(mode)
             self.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
@@ -171,6 +180,7 @@ class FakeEngine:
             for worker in self.workers:
                 worker.weights += 1
                 worker.encoder_cache.clear()
+                worker.pages.clear()
         finally:
             self.scheduler.set_pause_state(PauseState.UNPAUSED)
 
@@ -204,6 +214,8 @@ class FakeEngine:
 
     def check_idle(self) -> None:
         """Nothing is left over when all requests are gone."""
+        if self.session.lower is not None:
+            assert self.session.lower.drain(10), "entries are still on their way"
         self.check()
         side = self.scheduler.connector._scheduler
         assert not self.has_work and not self.scheduler.requests
@@ -218,8 +230,13 @@ class FakeEngine:
         assert not errors, f"errors inside the connector: {errors}"
         assert self.counts["failures:reuse"] <= self.num_lost_pieces, "a load failed though nothing was planted"
 
-    def shutdown(self) -> None:
-        self.scheduler.shutdown()
+    def stop(self) -> None:
+        """Come to rest, with nothing left over, and end."""
+        if not self.is_stopped:
+            self.is_stopped = True
+            self.run()
+            self.check_idle()
+            self.scheduler.shutdown()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

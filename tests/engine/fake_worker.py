@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.v1.outputs import ECConnectorOutput, KVConnectorOutput, ModelRunnerOutput
 
+from engine.fake_entries import FakeEntries
 from engine.fake_records import IMAGE_TOKEN, Entry, Record, Truth
 from vlcache_connector.engine.metadata import (
     CompileJob,
@@ -47,9 +48,9 @@ class FakeWorker:
     truths: dict[str, Truth]
     is_struck: Callable[[str, int, str], bool]
     keeps_pixels: bool
+    entries: FakeEntries
     weights: int = 0
     pages: dict[int, Record] = field(default_factory=dict)  # slot -> what was written there
-    entries: dict[Extent, Entry] = field(default_factory=dict)
     encoder_cache: set[str] = field(default_factory=set)
     encoded: list[str] = field(default_factory=list)  # images that the encoder worked on
     _live: dict[str, _Live] = field(default_factory=dict)
@@ -189,7 +190,8 @@ class FakeWorker:
 
     def _compile(self, results: JobResults, job: CompileJob) -> None:
         """Without a request: the embedding says whose image it is."""
-        embedding = self.entries[job.embedding]
+        embedding = self.entries.read(job.embedding, "embedding", len(job.run))
+        assert embedding is not None
         assert job.run.end == len(job.prompt.token_ids) and len(job.run) == embedding.num_tokens
         assert IMAGE_TOKEN not in job.prompt.token_ids[: job.run.start], "an image whose embedding is not given"
         for position in range(job.run.end):
@@ -233,16 +235,11 @@ class FakeWorker:
             self.pages[slot] = Record(None, position, None, 0, None, None) if is_lost else record
 
     def _check_entry(self, extent: Extent, wanted: Entry) -> None:
-        assert self.entries.get(extent) == wanted, f"{extent} holds {self.entries.get(extent)}, not {wanted}"
+        found = self.entries.read(extent, wanted.kind, wanted.num_tokens)
+        assert found == wanted, f"{extent} holds {found}, not {wanted}"
 
     def _put(self, results: JobResults, job_id: int, extent: Extent, entry: Entry, is_lost: bool) -> None:
-        """Bytes that overlap are another entry's no more, also when the write fails half-way."""
-        end = extent.offset + extent.nbytes
-        for other in list(self.entries):
-            if other.offset < end and extent.offset < other.offset + other.nbytes:
-                del self.entries[other]
-        if not is_lost:
-            self.entries[extent] = entry
+        self.entries.write(extent, entry, is_lost)
         _answer(results, job_id, "lost" if is_lost else None)
 
 

@@ -8,6 +8,7 @@ step all that is read must have been written for just that (see `fake_worker`).
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.interface import PauseState
 
 from engine.conftest import MakeEngine
 from engine.fake_config import Size
@@ -133,6 +134,26 @@ def test_an_engine_that_loads_can_be_paused_with_its_requests_kept(make_engine: 
     engine.change_weights("keep")
 
 
+@pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
+def test_an_engine_that_slept_with_its_caches_goes_on_where_it_was(make_engine: MakeEngine, mode: str) -> None:
+    """Sleep of level 0: scheduling stops, nothing is cleared, and requests that come meanwhile wait."""
+    engine = make_engine(max_batched_tokens=8)
+    show(engine)
+    ask = Ask(PROMPT, ratio=0.5, max_tokens=4)
+    for stage in range(steps_of(engine, ask)):
+        before = engine.add(ask)
+        for _ in range(stage):
+            engine.step()
+        engine.pause(mode)
+        meanwhile = engine.add(Ask([*PROMPT, C, *CLOSE], ratio=0.05))
+        engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+        engine.run()
+        assert engine.answers[meanwhile].is_finished and reused(engine.answers[meanwhile]) > 0
+        assert mode == "abort" or engine.answers[before].is_finished
+        engine.check_idle()
+        engine.forget()
+
+
 # -- little room ------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +223,7 @@ def test_an_engine_that_shuts_down_in_the_middle_of_a_load_keeps_no_session(
     show(engine)
     engine.add(Ask(PROMPT, ratio=1.0))
     engine.step()
-    engine.shutdown()
+    engine.scheduler.shutdown()
     assert engine.config.instance_id not in SCHEDULERS._sessions
 
 

@@ -25,3 +25,14 @@ def test_a_stop_without_a_start_measures_nothing() -> None:
     watch.stop(2)
     watch.stop(3)
     assert [num_tokens for num_tokens, _ in watch.take()] == [2]
+
+
+def test_work_whose_size_is_known_late_is_extended() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    watch.extend(5)  # of nothing
+    watch.start()
+    watch.stop(0)
+    watch.extend(3)
+    watch.stop(0)  # the second stop of a step ends nothing
+    watch.extend(4)
+    assert [num_tokens for num_tokens, _ in watch.take()] == [7]

@@ -60,3 +60,12 @@ def test_a_price_is_the_median_of_the_latest_measurements() -> None:
     for _ in range(100):
         price.add(10, 20.0)
     assert price.per_token_s == 2.0, "old measurements are forgotten"
+
+
+def test_a_hit_saves_the_computation_of_kv_and_the_encoding_of_embeddings() -> None:
+    prices = prices_of(2.0, 100.0, 100.0)
+    assert prices.saved_by("kv", 10) == 20.0
+    assert prices.saved_by("embedding", 10) is None, "nothing was encoded yet"
+    for _ in range(8):
+        prices.add("encode", 10, 5.0)
+    assert prices.saved_by("embedding", 10) == 5.0

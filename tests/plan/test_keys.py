@@ -5,12 +5,13 @@ import itertools
 
 import pytest
 
-from vlcache_connector.plan.keys import KeySpace, digest, is_content_hash
+from vlcache_connector.plan.keys import KeySpace, by_tag, digest, entry_class, is_content_hash, tenant_tag
+from vlcache_connector.types import EntryClass
 
 IMAGE = "3a" * 32
 
 
-def space(kv_facts: bytes = b"kv facts", embedding_facts: bytes = b"embedding facts", epoch: int = 0) -> KeySpace:
+def space(kv_facts: bytes = b"kv facts", embedding_facts: bytes = b"embedding facts", epoch: bytes = b"") -> KeySpace:
     return KeySpace(kv_facts, embedding_facts, epoch)
 
 
@@ -53,8 +54,8 @@ def test_every_field_changes_the_key() -> None:
         "base": space().kv(IMAGE, "x"),
         "kind": space().embedding(IMAGE, "x"),
         "facts": space(kv_facts=b"kv factz").kv(IMAGE, "x"),
-        "epoch": space(epoch=1).kv(IMAGE, "x"),
-        "far epoch": space(epoch=256).kv(IMAGE, "x"),
+        "epoch": space(epoch=b"\1").kv(IMAGE, "x"),
+        "far epoch": space(epoch=b"\1\0").kv(IMAGE, "x"),
         "first digit": space().kv("4" + IMAGE[1:], "x"),
         "last digit": space().kv(IMAGE[:-1] + "b", "x"),
         "shorter identifier": space().kv(IMAGE[:-1], "x"),
@@ -82,7 +83,7 @@ def test_embedding_keys_depend_on_embedding_facts_only() -> None:
 def test_a_new_epoch_hides_every_older_key() -> None:
     keys = space()
     old = {keys.kv(IMAGE, None), keys.embedding(IMAGE, None)}
-    keys.epoch += 1
+    keys.forget()
     assert not old & {keys.kv(IMAGE, None), keys.embedding(IMAGE, None)}
 
 
@@ -122,3 +123,21 @@ def test_sixty_four_hex_digits_are_a_content_hash(identifier: str) -> None:
 )
 def test_anything_else_is_not(identifier: str) -> None:
     assert not is_content_hash(identifier)
+
+
+def test_a_tenants_tag_is_the_beginning_of_a_digest_and_nobodys_is_empty() -> None:
+    assert tenant_tag("abc") == hashlib.sha256(b"abc").hexdigest()[:16]
+    assert tenant_tag(None) == ""
+    assert tenant_tag("") == hashlib.sha256(b"").hexdigest()[:16], "an empty salt is a tenant of its own"
+
+
+def test_the_class_of_an_entry_names_kind_modality_and_tenant() -> None:
+    assert entry_class("kv", None) == EntryClass("kv", "image", "")
+    assert entry_class("embedding", "abc") == EntryClass("embedding", "image", tenant_tag("abc"))
+    assert entry_class("kv", "abc") is entry_class("kv", "abc"), "a million entries share it"
+
+
+def test_limits_name_tenants_by_salt_and_the_tiers_by_tag() -> None:
+    limits = {"kv": 0.5, "tenant": 0.2, "tenant:abc": 0.3, "tenant:": 0.1, "tenant:tenant:x": 0.4}
+    tags = {f"tenant:{tenant_tag(salt)}": share for salt, share in (("abc", 0.3), ("", 0.1), ("tenant:x", 0.4))}
+    assert by_tag(limits) == {"kv": 0.5, "tenant": 0.2} | tags

@@ -58,14 +58,13 @@ class VLCacheECConnector(ECConnectorBase):
                 logger.warning("VLCache stores no encoder outputs: %s", encoder_reason(vllm_config))
             self._scheduler = ECScheduler(session, is_verified)
         else:
-            self._worker = ECWorker(WORKERS.attach(self._instance, lambda: WorkerSession(options, layout)))
+            self._worker = ECWorker(WORKERS.attach(self._instance, lambda: WorkerSession(vllm_config, options, layout)))
 
     # -- scheduler side -----------------------------------------------------------------------------------------------
 
     def ensure_cache_available(self, request: "Request", num_computed_tokens: int) -> bool:
         assert self._scheduler is not None
-        self._scheduler.about_to_ask(request)
-        return True
+        return self._scheduler.about_to_ask(request, num_computed_tokens)
 
     def has_cache_item(self, identifier: str) -> bool:
         assert self._scheduler is not None
@@ -84,6 +83,11 @@ class VLCacheECConnector(ECConnectorBase):
         metadata = connector_output.ec_connector_worker_meta
         if isinstance(metadata, VLCacheECWorkerMetadata):
             self._scheduler.update_connector_output(metadata.results)
+
+    def request_finished(self, request: "Request") -> tuple[bool, dict[str, Any] | None]:
+        assert self._scheduler is not None
+        self._scheduler.request_finished(request)
+        return False, None
 
     # -- worker side --------------------------------------------------------------------------------------------------
 

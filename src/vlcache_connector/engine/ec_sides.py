@@ -2,6 +2,7 @@
 mode.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,10 @@ from vlcache_connector.engine.kv_worker import save_embedding
 from vlcache_connector.engine.live import encode_again
 from vlcache_connector.engine.metadata import EmbeddingJob, JobResults, VLCacheECMetadata
 from vlcache_connector.engine.requests import wants_embeddings
-from vlcache_connector.engine.session import SchedulerSession, WorkerSession
+from vlcache_connector.engine.session import SchedulerSession, WorkerSession, locked
 from vlcache_connector.engine.support import feature_reason
+from vlcache_connector.exec.stopwatch import Stopwatch
+from vlcache_connector.plan.keys import entry_class
 from vlcache_connector.store.host import HostEntry
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ class _Wanted:
     num_tokens: int
     request_id: str
     index: int
+    salt: str | None
 
 
 class ECScheduler:
@@ -41,37 +45,72 @@ class ECScheduler:
         self._is_enabled = is_enabled
         self._salt: str | None = None
         self._num_embeds: dict[str, int] = {}  # of the media of the request that vLLM is asking for
+        self._found: dict[str, HostEntry] = {}  # those of them that vLLM was told of
         self._loads: list[tuple[_Wanted, HostEntry, int]] = []
+        self._ready: list[str] = []  # requests whose encoder outputs are all there
 
-    def about_to_ask(self, request: "Request") -> None:
-        self._salt, self._num_embeds = request.cache_salt, {}
+    @locked
+    def about_to_ask(self, request: "Request", num_computed: int) -> bool:
+        """vLLM is about to schedule a request from token `num_computed` on. False while one of its encoder outputs is
+        on its way up from a tier below.
+        """
+        self._salt, self._num_embeds, self._found = request.cache_salt, {}, {}
         if self._is_enabled and wants_embeddings(request):
             self._num_embeds = {f.identifier: f.mm_position.get_num_embeds() for f in request.mm_features}
+        fetches = self._session.fetches
+        waits = [
+            fetches.wait_for_embedding(request.request_id, key, num_tokens, request.cache_salt)
+            for key, num_tokens in self._uncomputed(request, num_computed)
+        ]
+        if waits and not any(waits):
+            self._ready.append(request.request_id)
+        return not any(waits)
 
+    def _uncomputed(self, request: "Request", num_computed: int) -> Iterator[tuple[bytes, int]]:
+        """Key and number of tokens of each encoder output that the request still needs."""
+        if self._session.lower is None or not self._num_embeds:
+            return
+        for feature in request.mm_features:
+            if feature.mm_position.offset + feature.mm_position.length > num_computed:
+                key = self._session.keys.embedding(feature.identifier, request.cache_salt)
+                yield key, feature.mm_position.get_num_embeds()
+
+    @locked
+    def request_finished(self, request: "Request") -> None:
+        self._session.fetches.forget(request.request_id)
+
+    @locked
     def has_cache_item(self, identifier: str) -> bool:
-        num_embeds = self._num_embeds.get(identifier)
-        return num_embeds is not None and self._find(identifier, self._salt, num_embeds) is not None
+        """Not if the entry is of another size: a client can give two pictures one UUID that looks like a hash."""
+        entry = self._session.index.get(self._session.keys.embedding(identifier, self._salt))
+        if entry is None or entry.num_tokens != self._num_embeds.get(identifier):
+            return False
+        self._found[identifier] = entry
+        return True
 
-    def _find(self, identifier: str, salt: str | None, num_embeds: int) -> HostEntry | None:
-        """The entry, unless it is of another size: a client can give two pictures one UUID that looks like a hash."""
-        entry = self._session.index.get(self._session.keys.embedding(identifier, salt))
-        return entry if entry is not None and entry.num_tokens == num_embeds else None
-
+    @locked
     def update_state_after_alloc(self, request: "Request", index: int) -> None:
         """This step fills the engine's encoder cache with the item: from the slab if it is there, or by the encoder."""
         session, feature = self._session, request.mm_features[index]
         if not self._is_enabled or not wants_embeddings(request):
             return
         key = session.keys.embedding(feature.identifier, request.cache_salt)
-        item = _Wanted(feature.identifier, feature.mm_position.get_num_embeds(), request.request_id, index)
-        entry = self._find(feature.identifier, request.cache_salt, item.num_tokens)
+        num_embeds, salt = feature.mm_position.get_num_embeds(), request.cache_salt
+        item = _Wanted(feature.identifier, num_embeds, request.request_id, index, salt)
+        entry = self._found.get(feature.identifier)
+        if entry is not None and entry.num_tokens != num_embeds:
+            entry = None
+        if session.has_ec_only:  # else the KV connector has noted what each request looked up
+            nbytes = session.layout.embedding_nbytes(num_embeds)
+            session.looked_up(key, nbytes, num_embeds, entry_class("embedding", salt), entry is not None)
         if entry is not None:
-            # Pinned at once: the same answer made the scheduler skip the encoder.
+            # What `has_cache_item` found made the scheduler skip the encoder, so it is not asked again; pinned at once.
             self._loads.append((item, entry, session.new_job(pinned=[entry])))
             session.counters.add("loaded_embeddings")
         elif feature_reason(feature, session.options.trust_client_uuids) is None and not session.index.holds(key):
             session.wanted_embeddings[key] = item
 
+    @locked
     def build_connector_meta(self, runs_forward: bool) -> VLCacheECMetadata:
         """Jobs of the step. Without a forward the workers never see them: loads wait, the encoder will run later."""
         metadata, session = VLCacheECMetadata(), self._session
@@ -81,12 +120,17 @@ class ECScheduler:
             for key, item in session.wanted_embeddings.items():
                 if session.index.holds(key):
                     continue
-                entry = session.reserve(key, session.layout.embedding_nbytes(item.num_tokens), item.num_tokens)
+                nbytes = session.layout.embedding_nbytes(item.num_tokens)
+                entry = session.reserve(key, nbytes, item.num_tokens, entry_class("embedding", item.salt))
                 if entry is not None:
                     metadata.saves.append(_job(item, entry, session.new_job(written=entry)))
         session.wanted_embeddings.clear()
+        for request_id in self._ready:  # what they waited for was used in this step, if they were admitted
+            session.fetches.release(request_id)
+        self._ready.clear()
         return metadata
 
+    @locked
     def update_connector_output(self, results: JobResults) -> None:
         self._session.take_results(results)
 
@@ -97,6 +141,7 @@ class ECWorker:
     def __init__(self, session: WorkerSession) -> None:
         self._session = session
         self._results = JobResults()
+        self._watch = Stopwatch(torch.device(current_platform.device_type))
 
     def start_load(self, encoder_cache: dict[str, torch.Tensor], metadata: VLCacheECMetadata) -> None:
         self._session.encoder_cache = encoder_cache
@@ -109,9 +154,15 @@ class ECWorker:
                 self._session.counters.add("failures", label="load_embedding")
                 self._results.failed[job.job_id] = f"load: {error}"
                 encode_again(job.request_id, job.index)
+        self._watch.start()
 
     def save(self, identifier: str, metadata: VLCacheECMetadata) -> None:
-        """The encoder has just put `identifier` into the engine's encoder cache."""
+        """The encoder has just put `identifier` into the engine's encoder cache. The first such call of a step comes
+        when all images of the step are encoded.
+        """
+        self._watch.stop(0)
+        rows = self._session.encoder_cache.get(identifier)
+        self._watch.extend(len(rows) if rows is not None else 0)
         for job in metadata.saves:
             if job.identifier != identifier or job.job_id in self._results.succeeded:
                 continue
@@ -129,7 +180,8 @@ class ECWorker:
         for job in metadata.saves:
             if job.job_id not in results.succeeded:
                 results.failed.setdefault(job.job_id, "the encoder did not run")
-        return results if results.succeeded or results.failed else None
+        results.laps += (("encode", *lap) for lap in self._watch.take() if lap[0] > 0)
+        return results if results else None
 
     def _load(self, job: EmbeddingJob) -> torch.Tensor:
         rows = self._session.slab.embedding(job.extent, job.num_tokens)

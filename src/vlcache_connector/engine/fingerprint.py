@@ -35,12 +35,24 @@ def embedding_facts(vllm_config: "VllmConfig") -> bytes:
     facts = {
         "model": model.model,
         "revision": model.revision,
+        "commit": _commit(model),
         "quantization": model.quantization,
         "dtype": str(model.dtype),
         "config": model.hf_config.to_dict(),
         "mm_processor_kwargs": getattr(model.multimodal_config, "mm_processor_kwargs", None),
     }
     return digest(_json(facts), weights_fingerprint(Path(model.model)))
+
+
+def are_weights_known(model: Any) -> bool:
+    """Whether the facts above tell these weights from any others, also in another process on another day."""
+    return Path(model.model).is_dir() or _commit(model) is not None
+
+
+def _commit(model: Any) -> str | None:
+    """Of the hub's repository, when the configuration was loaded from one."""
+    commit: str | None = getattr(model.hf_config, "_commit_hash", None)
+    return commit
 
 
 def weights_fingerprint(folder: Path) -> bytes:

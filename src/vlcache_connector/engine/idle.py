@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from vlcache_connector.engine.metadata import CompileJob
 from vlcache_connector.engine.session import SchedulerSession
 from vlcache_connector.exec.model import Prompt
-from vlcache_connector.types import Span
+from vlcache_connector.types import EntryClass, Span
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -25,6 +25,7 @@ _MAX_QUEUED = 256  # prompts are kept in the queue; beyond this, new images are 
 class _Waiting:
     span: Span  # at its place in `prompt`
     prompt: Prompt
+    entry_class: EntryClass
 
 
 class CompileQueue:
@@ -43,7 +44,7 @@ class CompileQueue:
     def bind(self, pool: "BlockPool", block_size: int) -> None:
         self._pool, self._block_size = pool, block_size
 
-    def add(self, span: Span, prompt: Prompt) -> None:
+    def add(self, span: Span, prompt: Prompt, entry_class: EntryClass) -> None:
         """Queue the last image of `prompt`, behind the prompt's opening text and nothing else."""
         if span.kv_key in self._queued:
             return
@@ -53,7 +54,8 @@ class CompileQueue:
         opening = prompt.media[0].offset
         moved = replace(span, offset=opening)
         tokens = prompt.token_ids[:opening] + prompt.token_ids[span.offset : span.end]
-        self._queue.append(_Waiting(moved, Prompt(tokens, (replace(prompt.media[-1], offset=opening),))))
+        behind_opening = Prompt(tokens, (replace(prompt.media[-1], offset=opening),))
+        self._queue.append(_Waiting(moved, behind_opening, entry_class))
         self._queued.add(span.kv_key)
 
     def clear(self) -> None:
@@ -79,8 +81,9 @@ class CompileQueue:
             return None
         if session.index.holds(span.kv_key) or pool.get_num_free_blocks() < num_blocks:
             return None
-        session.index.pin(embedding)  # the reservation below must not evict it
-        entry = session.reserve(span.kv_key, session.layout.kv_nbytes(span.length), span.length)
+        session.index.pin(embedding, is_use=False)  # the reservation below must not evict it
+        nbytes = session.layout.kv_nbytes(span.length)
+        entry = session.reserve(span.kv_key, nbytes, span.length, waiting.entry_class)
         session.index.unpin(embedding)
         if entry is None:
             return None

@@ -70,7 +70,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._counters = session.counters
             self._start_scheduler(vllm_config, kv_cache_config, session)
         elif is_known_family:  # otherwise there is nothing to store, and no memory is taken
-            worker_session = WORKERS.attach(self._instance, lambda: WorkerSession(options, layout))
+            worker_session = WORKERS.attach(self._instance, lambda: WorkerSession(vllm_config, options, layout))
             worker_session.adopt(options, layout)
             self._counters = worker_session.counters
             self._start_worker(vllm_config, kv_cache_config, worker_session)
@@ -125,8 +125,9 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         scheduler = self._scheduler
         assert scheduler is not None
-        found = self._guard("look-up", lambda: scheduler.get_num_new_matched_tokens(request, num_computed_tokens), 0)
-        return found, found > 0  # always asynchronous: see `loads`
+        none: int | None = 0
+        found = self._guard("look-up", lambda: scheduler.get_num_new_matched_tokens(request, num_computed_tokens), none)
+        return found, bool(found)  # always asynchronous: see `loads`
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         scheduler = self._scheduler

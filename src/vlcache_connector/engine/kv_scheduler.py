@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from vlcache_connector.engine import debug
 from vlcache_connector.engine.chains import Chains
 from vlcache_connector.engine.loads import LoadQueue
 from vlcache_connector.engine.metadata import VLCacheMetadata
 from vlcache_connector.engine.requests import PARAMS_KEY, Outcome, RequestState, describe
 from vlcache_connector.engine.saves import SavePlanner
-from vlcache_connector.engine.session import SchedulerSession
-from vlcache_connector.plan.costs import Prices, estimate
+from vlcache_connector.engine.session import SchedulerSession, locked
+from vlcache_connector.plan.costs import estimate
 from vlcache_connector.plan.planner import plan_reuse
 from vlcache_connector.policy import POLICIES
 from vlcache_connector.types import Mode, Reason, ReusePlan, Span
@@ -42,14 +43,13 @@ class VLCacheScheduler:
         self, vllm_config: "VllmConfig", session: SchedulerSession, block_size: int, unsupported: str | None
     ) -> None:
         self._session = session
-        self._session.unsupported = unsupported
+        self._session.has_kv, self._session.unsupported = True, unsupported
         self._options = session.options
         self._policy = POLICIES[self._options.policy]
         self._block_size = block_size
         has_prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
         self._chains = Chains(self._policy.name, block_size, has_prefix_cache)
         self._loads = LoadQueue(session, vllm_config.scheduler_config.max_num_batched_tokens)
-        self._prices = Prices()
         self._states: dict[str, RequestState] = {}
         self._reported: set[Reason] = set()
         self._saves = SavePlanner(session)
@@ -61,6 +61,7 @@ class VLCacheScheduler:
         self._kv_cache_manager = kv_cache_manager
         self._saves.bind(kv_cache_manager, self._block_size)
 
+    @locked
     def on_new_request(self, request: "Request") -> None:
         options = self._options
         state = describe(request, self._session.keys, options.recompute_ratio, options.trust_client_uuids)
@@ -71,12 +72,19 @@ class VLCacheScheduler:
             assert self._kv_cache_manager is not None
             self._chains.resume(state, self._kv_cache_manager.block_pool)
 
-    def get_num_new_matched_tokens(self, request: "Request", num_local: int) -> int:
-        """How many tokens behind the local hit this connector covers."""
+    @locked
+    def get_num_new_matched_tokens(self, request: "Request", num_local: int) -> int | None:
+        """How many tokens behind the local hit this connector covers; None while entries are on their way up."""
         state = self._states.get(request.request_id)
         if state is None:
             return 0
+        spans = [span for span in state.spans if span.end > num_local]
+        if self._may_reuse(state) and self._session.fetches.wait_for_spans(
+            request.request_id, spans, request.cache_salt
+        ):
+            return None
         state.is_loaded = False  # the engine asks at first, and again when it took the request's blocks away
+        self._trace(state)
         state.plan = self._plan(state, num_local)
         if not isinstance(state.plan, ReusePlan):
             self._chains.leave_unused(state, num_local)
@@ -86,6 +94,7 @@ class VLCacheScheduler:
             return 0
         return state.plan.end - num_local
 
+    @locked
     def update_state_after_alloc(self, request: "Request", block_ids: list[int], num_external: int) -> None:
         """The request was admitted; with `num_external` > 0 the engine waits until the plan is carried out, and admits
         it again afterwards with 0.
@@ -102,12 +111,17 @@ class VLCacheScheduler:
             if state.outcome is None:
                 state.outcome = Outcome(state.plan, state.num_local)
                 self._count_decline(state)
+            self._session.fetches.release(request.request_id)
             return
         assert isinstance(plan, ReusePlan) and num_external == plan.end - plan.start
         prompt = state.prompt(plan.spans[-1].span.end)
-        self._loads.add(request.request_id, prompt, block_ids, plan, lambda error: self._loaded(state, plan, error))
+        state.load = self._loads.add(
+            request.request_id, prompt, block_ids, plan, lambda error: self._loaded(state, plan, error)
+        )
         state.is_approximate = state.is_approximate or plan.first_reused is not None
         self._hold_embeddings(state, plan)
+        state.tier = self._session.fetches.tier(request.request_id)
+        self._session.fetches.release(request.request_id)
 
     def _hold_embeddings(self, state: RequestState, plan: ReusePlan) -> None:
         """vLLM drops the pixels of images that an admitted request has covered. If it is preempted and its blocks are
@@ -115,11 +129,12 @@ class VLCacheScheduler:
         """
         index = self._session.index
         for part in plan.spans:
-            embedding = index.get(part.span.embedding_key)
+            embedding = index.get_found(part.span.embedding_key)
             if embedding is not None and embedding not in state.held:
-                index.pin(embedding)
+                index.pin(embedding, is_use=False)
                 state.held.append(embedding)
 
+    @locked
     def lose(self, request: "Request") -> None:
         """The engine waits for a load of this request, but its job could not be made."""
         state = self._states.get(request.request_id)
@@ -128,17 +143,25 @@ class VLCacheScheduler:
             if state is not None and error is not None:
                 self._failed(state, error)
 
-        self._loads.add_failed(request.request_id, "the reuse job could not be made", done)
+        record = self._loads.add_failed(request.request_id, "the reuse job could not be made", done)
+        if state is not None:
+            state.load = record
 
+    @locked
     def request_finished(self, request: "Request") -> dict[str, Any] | None:
         self._loads.cancel(request.request_id)
+        self._session.fetches.forget(request.request_id)
         state = self._states.pop(request.request_id, None)
-        for entry in state.held if state is not None else ():
+        if state is None:
+            return None
+        for entry in state.held:
             self._session.index.unpin(entry)
-        return {PARAMS_KEY: state.report()} if state is not None and state.reports else None
+        debug.finished(state)
+        return {PARAMS_KEY: state.report()} if state.reports else None
 
     # -- once per step ------------------------------------------------------------------------------------------------
 
+    @locked
     def build_connector_meta(self, output: "SchedulerOutput") -> VLCacheMetadata:
         num_tokens = output.total_num_scheduled_tokens
         metadata = VLCacheMetadata(num_tokens, reuse=self._loads.take(num_tokens))
@@ -159,18 +182,19 @@ class VLCacheScheduler:
             if job is not None:
                 metadata.compiles.append(job)
 
+    @locked
     def update_connector_output(self, results: "JobResults") -> None:
-        for kind, num_tokens, seconds in results.laps:
-            self._prices.add(kind, num_tokens, seconds)
         self._session.take_results(results)
 
+    @locked
     def has_pending_work(self) -> bool:
         return len(self._saves.compiles) > 0 or self._loads.num_open > 0
 
+    @locked
     def reset_cache(self) -> None:
         """Forget all entries; what is being written belongs to the old epoch and will never be found."""
         num = self._session.index.clear()
-        self._session.keys.epoch += 1
+        self._session.keys.forget()
         self._saves.compiles.clear()
         logger.info("VLCache: the cache was reset, %d entries forgotten", num)
 
@@ -201,7 +225,7 @@ class VLCacheScheduler:
             self._options.min_reuse_tokens,
         )
         if isinstance(plan, ReusePlan):
-            state.estimate = estimate(plan, self._prices)
+            state.estimate = estimate(plan, self._session.prices)
             if state.estimate is not None and not state.estimate.pays:
                 return Reason.NO_GAIN
         return plan
@@ -234,6 +258,20 @@ class VLCacheScheduler:
         state.is_approximate = self._chains.is_used(state, state.num_local)
 
     # -- telling ------------------------------------------------------------------------------------------------------
+
+    def _trace(self, state: RequestState) -> None:
+        """Note which entries the request would use, and whether they are there: once, not each time the engine asks."""
+        session = self._session
+        if session.trace is None or state.is_traced or session.has_ec_only:
+            return
+        state.is_traced = True
+        for span in state.spans:
+            wanted = [("embedding", span.embedding_key, session.layout.embedding_nbytes(span.length))]
+            if state.options.mode is Mode.REUSE:
+                wanted.append(("kv", span.kv_key, session.layout.kv_nbytes(span.length)))
+            for kind, key, nbytes in wanted:
+                is_hit = session.index.get(key) is not None
+                session.looked_up(key, nbytes, span.length, state.entry_class(kind), is_hit)
 
     def _count_decline(self, state: RequestState) -> None:
         reason = state.plan

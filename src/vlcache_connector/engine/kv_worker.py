@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 
+from vlcache_connector.engine import debug
 from vlcache_connector.engine.attention import AttentionContexts
 from vlcache_connector.engine.live import find_model
 from vlcache_connector.engine.metadata import (
@@ -99,6 +100,7 @@ class VLCacheWorker:
     def run_step(self, metadata: VLCacheMetadata) -> None:
         """Saves of what the forward completed, pieces of reuse, idle work."""
         self._watches["compute"].stop(metadata.num_computed_tokens)
+        debug.launching(metadata)
         for save in metadata.saves:
             self._try("save", save.job_id, lambda save=save: self._save(save))
         for embedding in metadata.embeddings:

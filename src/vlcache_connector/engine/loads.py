@@ -5,10 +5,12 @@ in a forward, until every rank has said that the last piece is done. So a load t
 the request starts again as if the connector had found nothing.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vlcache_connector.engine.debug import LoadRecord
 from vlcache_connector.engine.metadata import ReusePiece, SpanLoad
 from vlcache_connector.engine.session import SchedulerSession
 from vlcache_connector.exec.model import Prompt
@@ -26,6 +28,7 @@ class _Load:
     plan: ReusePlan
     entries: tuple[tuple[HostEntry, HostEntry], ...]  # KV and embedding of each span of the plan
     position: int
+    record: LoadRecord
     error: str | None = None  # why there is nothing left to do but to report
 
 
@@ -50,21 +53,27 @@ class LoadQueue:
         block_ids: Sequence[int],
         plan: ReusePlan,
         on_done: Callable[[str | None], None],
-    ) -> None:
+    ) -> LoadRecord:
         """Queue an admitted request. `on_done` is called with None or an error when all ranks have reported."""
         entries = []
         for part in plan.spans:
-            kv = self._session.index.get(part.span.kv_key)
-            embedding = self._session.index.get(part.span.embedding_key)
-            assert kv is not None and embedding is not None, "an entry vanished between look-up and admission"
+            kv = self._session.index.get_found(part.span.kv_key)
+            embedding = self._session.index.get_found(part.span.embedding_key)
+            if kv is None or embedding is None:  # cleared by an operator
+                return self.add_failed(request_id, "an entry was cleared between look-up and admission", on_done)
             entries.append((kv, embedding))
-        job_id = self._new_job([entry for pair in entries for entry in pair], on_done)
-        self._loads[request_id] = _Load(job_id, request_id, prompt, tuple(block_ids), plan, tuple(entries), plan.start)
+        job_id, record = self._new_job([entry for pair in entries for entry in pair], on_done)
+        self._loads[request_id] = _Load(
+            job_id, request_id, prompt, tuple(block_ids), plan, tuple(entries), plan.start, record
+        )
+        return record
 
-    def add_failed(self, request_id: str, error: str, on_done: Callable[[str | None], None]) -> None:
+    def add_failed(self, request_id: str, error: str, on_done: Callable[[str | None], None]) -> LoadRecord:
         """The engine waits for a load that cannot be made: let the workers report that."""
         plan = ReusePlan(0, 0, (), ())
-        self._loads[request_id] = _Load(self._new_job([], on_done), request_id, Prompt((), ()), (), plan, (), 0, error)
+        job_id, record = self._new_job([], on_done)
+        self._loads[request_id] = _Load(job_id, request_id, Prompt((), ()), (), plan, (), 0, record, error)
+        return record
 
     def cancel(self, request_id: str) -> None:
         """The request is gone. The engine keeps its blocks until the workers report the end."""
@@ -88,20 +97,24 @@ class LoadQueue:
                 covered, cost = next_piece(load.plan, load.position, budget)
             budget -= cost
             load.position = covered.end
+            load.record.num_pieces += 1
             is_last = load.error is not None or covered.end == load.plan.end
             if is_last:
                 del self._loads[load.request_id]
             pieces.append(_piece(load, covered, is_last))
         return pieces
 
-    def _new_job(self, pinned: list[HostEntry], on_done: Callable[[str | None], None]) -> int:
+    def _new_job(self, pinned: list[HostEntry], on_done: Callable[[str | None], None]) -> tuple[int, LoadRecord]:
+        record = LoadRecord(time.monotonic())
+
         def done(error: str | None) -> None:
             self._open -= 1
+            record.ended_s, record.error = time.monotonic(), error
             on_done(error)
 
         job_id = self._session.new_job(pinned=pinned, on_done=done)
         self._open += 1
-        return job_id
+        return job_id, record
 
 
 def _piece(load: _Load, covered: Run, is_last: bool) -> ReusePiece:

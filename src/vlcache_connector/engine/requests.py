@@ -4,14 +4,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vlcache_connector.config import RequestOptions
+from vlcache_connector.engine.debug import LoadRecord
 from vlcache_connector.engine.namespace import Chain
 from vlcache_connector.engine.support import feature_reason, request_reason
 from vlcache_connector.errors import OptionError
 from vlcache_connector.exec.model import Media, Prompt
 from vlcache_connector.plan.costs import Estimate
-from vlcache_connector.plan.keys import KeySpace
+from vlcache_connector.plan.keys import KeySpace, entry_class
 from vlcache_connector.store.host import HostEntry
-from vlcache_connector.types import Mode, Reason, ReusePlan, Span
+from vlcache_connector.types import EntryClass, Mode, Reason, ReusePlan, Span
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -43,11 +44,18 @@ class RequestState:
     estimate: Estimate | None = None  # of the latest plan
     is_approximate: bool = False  # some KV of this request is, or builds on, reused KV
     is_loaded: bool = False  # the plan was carried out
+    load: LoadRecord | None = None  # of the latest plan that was admitted
     outcome: "Outcome | None" = None  # of the first admission; a preempted request is admitted again
     held: list[HostEntry] = field(default_factory=list)  # pinned until the request has finished
+    tier: str = "host"  # the lowest that entries of the plan came from
     num_local: int = 0
     first_unsaved: int = 0  # spans before this one were completed and dealt with
     reports: bool = False  # whether the response says what happened
+    is_traced: bool = False  # its look-ups are in the trace
+
+    def entry_class(self, kind: str) -> EntryClass:
+        """Of this request's entries; `kind` is "kv" or "embedding"."""
+        return entry_class(kind, self.request.cache_salt)
 
     def prompt(self, end: int) -> Prompt:
         """The prompt's first `end` tokens, for the worker."""
@@ -69,7 +77,7 @@ class RequestState:
             "recomputed_tokens": recomputed,
             "prefix_cached_tokens": outcome.num_local,
             "computed_tokens": self.request.num_prompt_tokens - outcome.num_local - reused - recomputed,
-            "tier": "host" if plan else None,
+            "tier": self.tier if plan else None,
             "approximate": self.is_approximate,
         }
         reason = self.declined or (outcome.plan if isinstance(outcome.plan, Reason) else None)

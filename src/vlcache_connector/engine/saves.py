@@ -39,7 +39,7 @@ class SavePlanner:
                 continue
             if state.is_approximate:
                 self._save_embedding(state, number, metadata)  # what it is computed from later
-                self.compiles.add(span, state.prompt(span.end))
+                self.compiles.add(span, state.prompt(span.end), state.entry_class("kv"))
             elif self._save(state, number, metadata):
                 self._save_embedding(state, number, metadata)
 
@@ -47,7 +47,9 @@ class SavePlanner:
         """False when there is no room."""
         assert self._kv_cache_manager is not None
         session, span = self._session, state.spans[number]
-        entry = session.reserve(span.kv_key, session.layout.kv_nbytes(span.length), span.length)
+        entry = session.reserve(
+            span.kv_key, session.layout.kv_nbytes(span.length), span.length, state.entry_class("kv")
+        )
         if entry is None:
             return False
         (block_ids,) = self._kv_cache_manager.get_block_ids(state.request.request_id)
@@ -62,7 +64,8 @@ class SavePlanner:
         session, span = self._session, state.spans[number]
         if session.index.holds(span.embedding_key) or span.embedding_key in session.wanted_embeddings:
             return
-        entry = session.reserve(span.embedding_key, session.layout.embedding_nbytes(span.length), span.length)
+        nbytes = session.layout.embedding_nbytes(span.length)
+        entry = session.reserve(span.embedding_key, nbytes, span.length, state.entry_class("embedding"))
         if entry is None:
             return
         features = state.request.mm_features

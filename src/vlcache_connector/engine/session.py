@@ -5,23 +5,36 @@ first to attach creates the session, the last to detach frees it. One process ma
 in turn.
 """
 
-from collections.abc import Callable
+import functools
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from vlcache_connector.config import Options
 from vlcache_connector.engine import fingerprint
+from vlcache_connector.engine.fetches import Fetches
 from vlcache_connector.engine.metadata import JobResults
 from vlcache_connector.engine.models import family_of
+from vlcache_connector.engine.operations import Operations
+from vlcache_connector.engine.tiers import find_slabs, lower_tiers, provenance, slab_name
 from vlcache_connector.errors import UnsupportedModelError
 from vlcache_connector.metrics import Counters
-from vlcache_connector.plan.keys import KeySpace
-from vlcache_connector.store.eviction import LRU
+from vlcache_connector.plan.costs import Prices
+from vlcache_connector.plan.keys import KeySpace, by_tag
+from vlcache_connector.store.eviction.limits import Limits
+from vlcache_connector.store.eviction.policies import EVICTION_POLICIES
+from vlcache_connector.store.extents import aligned
 from vlcache_connector.store.host import HostEntry, HostIndex
+from vlcache_connector.store.host_bytes import HostBytes
 from vlcache_connector.store.slab import EntryLayout, Slab
+from vlcache_connector.store.tiered import LowerTiers
+from vlcache_connector.store.trace import Trace
+from vlcache_connector.types import EntryClass
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,14 +43,21 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _GIB = 1 << 30
+P = ParamSpec("P")
+S = TypeVar("S", bound="_Side")
 T = TypeVar("T")
 
 
-class _Registry(Generic[T]):
-    """Sessions by engine, counted."""
+class _Side(Protocol):
+    _session: "SchedulerSession"
 
-    def __init__(self) -> None:
+
+class _Registry(Generic[T]):
+    """Sessions by engine, counted; `close` ends one that nobody uses any more."""
+
+    def __init__(self, close: Callable[[T], None] = lambda session: None) -> None:
         self._sessions: dict[str, tuple[T, int]] = {}
+        self._close = close
 
     def attach(self, key: str, create: Callable[[], T]) -> T:
         session, count = self._sessions.get(key) or (create(), 0)
@@ -48,9 +68,22 @@ class _Registry(Generic[T]):
         session, count = self._sessions.pop(key, (None, 0))
         if session is not None and count > 1:
             self._sessions[key] = (session, count - 1)
+        elif session is not None:
+            self._close(session)
 
 
-SCHEDULERS: "_Registry[SchedulerSession]" = _Registry()
+def locked(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """A hook of the scheduler side: nobody else changes the index while it runs."""
+
+    @functools.wraps(method)
+    def hook(side: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with side._session.lock:
+            return method(side, *args, **kwargs)
+
+    return hook
+
+
+SCHEDULERS: "_Registry[SchedulerSession]" = _Registry(lambda session: session.close())
 WORKERS: "_Registry[WorkerSession]" = _Registry()
 
 
@@ -70,15 +103,32 @@ class SchedulerSession:
     def __init__(self, vllm_config: "VllmConfig", options: Options, layout: EntryLayout) -> None:
         self.options = options
         self.layout = layout
-        self.index = HostIndex(int(options.host_gib * _GIB), LRU())
+        policy, capacity = EVICTION_POLICIES[options.eviction], int(options.host_gib * _GIB)
+        self.index = HostIndex(capacity, policy, _limits(options), self._evicted)
         self.keys = KeySpace(fingerprint.kv_facts(vllm_config, layout), fingerprint.embedding_facts(vllm_config))
         self.counters = Counters()
-        self.unsupported: str | None = None
+        self.prices = Prices()
+        self.trace = Trace(options.trace_path, capacity) if options.trace_path is not None else None
+        self.has_kv = False  # a KV connector is attached
+        self.unsupported: str | None = None  # why it reuses nothing
         self.wanted_embeddings: dict[bytes, Any] = {}  # key -> media item that the encoder works on in this step
+        self.lock = threading.RLock()  # held by every hook of the scheduler side: threads of `lower` change the index
+        slabs = find_slabs(vllm_config, options, layout)
+        self.host_bytes = HostBytes(slabs, provenance(vllm_config)) if slabs else None
+        self.lower: LowerTiers | None = None
+        if self.host_bytes is not None:
+            moved = self.index, self.lock, self.host_bytes, self.counters
+            self.lower = lower_tiers(vllm_config, options, _limits(options), *moved)
+        self.fetches = Fetches(self)
+        self.operations = Operations(vllm_config, self, slabs)
         self._num_ranks = vllm_config.parallel_config.tensor_parallel_size
         self._jobs: dict[int, Job] = {}
         self._next_job = 0
-        self._evictions_seen = 0
+
+    @property
+    def has_ec_only(self) -> bool:
+        """Whether the encoder connector alone is at work."""
+        return not self.has_kv or self.unsupported is not None
 
     def new_job(
         self,
@@ -94,17 +144,47 @@ class SchedulerSession:
             self.index.pin(entry)
         return job.job_id
 
-    def reserve(self, key: bytes, nbytes: int, num_tokens: int) -> HostEntry | None:
+    def reserve(self, key: bytes, nbytes: int, num_tokens: int, entry_class: EntryClass) -> HostEntry | None:
         """Room for a new entry; None, counted, when there is none."""
-        entry = self.index.reserve(key, nbytes, num_tokens)
+        seconds = self.prices.saved_by(entry_class.kind, num_tokens)
+        entry = self.index.reserve(key, nbytes, num_tokens, entry_class, seconds)
         if entry is None:
             self.counters.add("dropped_saves", label="no_room")
-        self.counters.add("evictions", self.index.evictions - self._evictions_seen)
-        self._evictions_seen = self.index.evictions
+        elif self.trace is not None:
+            self.trace.inserted(key, entry.extent.nbytes, seconds, entry_class)
         return entry
 
+    def is_held(self, key: bytes, num_tokens: int) -> bool:
+        """Whether some tier has the entry, or will soon have it."""
+        entry = self.index.get(key)
+        if entry is not None:
+            return entry.num_tokens == num_tokens
+        lower = self.lower
+        return lower is not None and (lower.fetching(key) is not None or lower.find(key, num_tokens) is not None)
+
+    def looked_up(self, key: bytes, nbytes: int, num_tokens: int, entry_class: EntryClass, is_hit: bool) -> None:
+        """A request has asked for an entry, for the first time. Only the trace wants to know."""
+        if self.trace is not None:
+            seconds = self.prices.saved_by(entry_class.kind, num_tokens)
+            self.trace.looked_up(key, aligned(nbytes), seconds, entry_class, is_hit)
+
+    def close(self) -> None:
+        """The last connector has detached."""
+        self.operations.close()
+        if self.lower is not None:
+            self.lower.close()
+        if self.trace is not None:
+            self.trace.close()
+
+    def _evicted(self, entry: HostEntry, reason: str) -> None:
+        self.counters.add("evictions", label=reason)
+        if self.trace is not None:
+            self.trace.evicted(entry.key, entry.extent.nbytes, entry.entry_class, reason)
+
     def take_results(self, results: JobResults) -> None:
-        """Settle the jobs that all ranks answered."""
+        """Learn prices, and settle the jobs that all ranks answered."""
+        for kind, num_tokens, seconds in results.laps:
+            self.prices.add(kind, num_tokens, seconds)
         self.unsupported = self.unsupported or results.unsupported
         for job_id in {*results.succeeded, *results.failed}:
             complete = results.succeeded.get(job_id, 0) == self._num_ranks
@@ -119,6 +199,8 @@ class SchedulerSession:
         if job.written is not None:
             if error is None:
                 self.index.commit(job.written)
+                if self.lower is not None and self.index.get(job.written.key) is job.written:
+                    self.lower.keep(job.written)
             else:
                 self.index.discard(job.written)
         if job.on_done is not None:
@@ -128,9 +210,10 @@ class SchedulerSession:
 class WorkerSession:
     """One worker's slab, and the engine's encoder cache once a hook has shown it."""
 
-    def __init__(self, options: Options, layout: EntryLayout) -> None:
+    def __init__(self, vllm_config: "VllmConfig", options: Options, layout: EntryLayout) -> None:
         self.options = options
-        self.slab = Slab(int(options.host_gib * _GIB), layout)
+        self._slab_name = slab_name(vllm_config, get_tensor_model_parallel_rank())
+        self.slab = Slab(int(options.host_gib * _GIB), layout, self._slab_name)
         self.encoder_cache: dict[str, torch.Tensor] = {}
         self.counters = Counters()
 
@@ -140,8 +223,13 @@ class WorkerSession:
         With an encoder connector of the user's own, that one was created first and knows no KV layout.
         """
         if layout != self.slab.layout or options.host_gib != self.options.host_gib:
-            self.slab = Slab(int(options.host_gib * _GIB), layout)
+            self.slab = Slab(int(options.host_gib * _GIB), layout, self._slab_name)
         self.options = options
+
+
+def _limits(options: Options) -> Limits:
+    ttl_s = options.ttl_s
+    return Limits(by_tag(options.quotas), by_tag(ttl_s) if isinstance(ttl_s, Mapping) else ttl_s)
 
 
 def entry_layout(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | None") -> EntryLayout:

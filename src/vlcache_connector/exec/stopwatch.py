@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Lap:
     num_tokens: int
     start: "torch.cuda.Event | float"
@@ -29,6 +29,11 @@ class Stopwatch:
         if self._start is not None:
             self._laps.append(_Lap(num_tokens, self._start, self._now()))
             self._start = None
+
+    def extend(self, num_tokens: int) -> None:
+        """The work that ended with the latest `stop` was of so many tokens more."""
+        if self._laps:
+            self._laps[-1].num_tokens += num_tokens
 
     def take(self) -> list[tuple[int, float]]:
         """(tokens, seconds) of all work that has ended on the device."""

@@ -35,17 +35,23 @@ class Price:
 
 
 class Prices:
-    """What the three kinds of work cost in this engine."""
+    """What the kinds of work cost in this engine."""
 
     def __init__(self) -> None:
         self.compute = Price()  # in the engine's forward
         self.recompute = Price()  # in our passes
         self.load = Price()  # from the host tier into pages
+        self.encode = Price()  # an embedding
 
     def add(self, kind: str, num_tokens: int, seconds: float) -> None:
         """One measurement; `kind` is the name of an attribute."""
         price: Price = getattr(self, kind)
         price.add(num_tokens, seconds)
+
+    def saved_by(self, kind: str, num_tokens: int) -> float | None:
+        """Engine time that a hit of an entry of this kind saves, in seconds; None while its price is unknown."""
+        price = (self.compute if kind == "kv" else self.encode).per_token_s
+        return num_tokens * price if price is not None else None
 
 
 @dataclass(frozen=True, slots=True)

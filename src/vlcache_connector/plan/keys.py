@@ -5,7 +5,12 @@ Always full width. Every field is length-prefixed, so no two different tuples of
 
 import hashlib
 import re
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+
+from vlcache_connector.types import EntryClass
 
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -27,16 +32,42 @@ def digest(*parts: bytes) -> bytes:
     return h.digest()
 
 
+def tenant_tag(salt: str | None) -> str:
+    """What stands for a tenant in quotas, files and reports: 16 hex digits; empty for those without a salt."""
+    return "" if salt is None else hashlib.sha256(salt.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1024)
+def entry_class(kind: str, salt: str | None) -> EntryClass:
+    """The class of an image's entry; `kind` is "kv" or "embedding". Entries of one class share one object."""
+    return EntryClass(kind, "image", tenant_tag(salt))
+
+
+def by_tag(limits: Mapping[str, float]) -> dict[str, float]:
+    """Limits as users write them, with tenants by tag in place of name."""
+    split = ((name.partition("tenant:"), limit) for name, limit in limits.items())
+    return {before + sep + (tenant_tag(tenant) if sep else tenant): limit for (before, sep, tenant), limit in split}
+
+
 @dataclass(slots=True)
 class KeySpace:
     """Makes the keys of one engine. `kv_facts` and `embedding_facts` are canonical descriptions of all that must match.
 
-    `epoch` counts `reset_cache` calls: weights may have been replaced, so older entries must never be found again.
+    After `forget` nothing older is found again, nor anything that another engine keeps: the weights may have been
+    replaced by ones that no fingerprint describes.
     """
 
     kv_facts: bytes
     embedding_facts: bytes
-    epoch: int = 0
+    epoch: bytes = b""
+
+    @property
+    def facts(self) -> str:
+        """A digest of all that these keys have in common, in hex."""
+        return digest(self.kv_facts, self.embedding_facts, self.epoch).hex()
+
+    def forget(self) -> None:
+        self.epoch = secrets.token_bytes(16)
 
     def kv(self, identifier: str, salt: str | None) -> bytes:
         return self._key(b"kv", self.kv_facts, identifier, salt)
@@ -47,4 +78,4 @@ class KeySpace:
     def _key(self, kind: bytes, facts: bytes, identifier: str, salt: str | None) -> bytes:
         # A missing salt and an empty one are different tenants.
         tenant = b"-" if salt is None else b"+" + salt.encode()
-        return digest(kind, facts, self.epoch.to_bytes(8, "little"), tenant, identifier.encode())
+        return digest(kind, facts, self.epoch, tenant, identifier.encode())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vlcache_connector.errors import VLCacheError
-from vlcache_connector.types import EntryClass
+from vlcache_connector.types import EntryClass, Extent
 
 
 class EntryLostError(VLCacheError):
@@ -36,6 +36,14 @@ class EntryMeta:
     provenance: dict[str, str] = field(default_factory=dict)  # versions, and what the entry was computed under
 
 
+class RankBytes(Protocol):
+    """The host tier's bytes of one rank."""
+
+    def parts(self, extent: Extent, kind: str, num_tokens: int) -> list[Part]:
+        """The tensors of an entry of this kind ("kv" or "embedding"), in the order in which they lie there."""
+        ...
+
+
 class Tier(Protocol):
     """A place below the host tier. `find` is called on the scheduler's path: a dictionary look-up, no I/O. Everything
     else blocks and is called by I/O threads, several at a time.
@@ -59,6 +67,10 @@ class Tier(Protocol):
 
     def entries(self) -> Iterator[EntryMeta]:
         """What is there now, in no particular order; provenance may be missing."""
+        ...
+
+    def refresh(self) -> None:
+        """Find what others have added or removed; called from time to time."""
         ...
 
     def clear(self) -> int:

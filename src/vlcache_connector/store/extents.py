@@ -10,6 +10,11 @@ from vlcache_connector.types import Extent
 ALIGNMENT = 256  # bytes; keeps every tensor view of an extent aligned for vector loads and for DMA
 
 
+def aligned(nbytes: int) -> int:
+    """Bytes that an extent for `nbytes` takes."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 class ExtentAllocator:
     """Hands out disjoint extents of [0, capacity)."""
 
@@ -25,7 +30,7 @@ class ExtentAllocator:
     def allocate(self, nbytes: int) -> Extent | None:
         """An extent of at least `nbytes` bytes, or None when no free range is large enough."""
         assert nbytes > 0
-        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        size = aligned(nbytes)
         for i, (offset, free) in enumerate(self._free):
             if free >= size:
                 if free == size:

@@ -1,0 +1,106 @@
+"""What requests wait for: entries on their way up from the tiers below the host tier. Scheduler side.
+
+vLLM asks for a waiting request in every step, and goes on with others when the answer is "not known yet". Entries that
+a request waits for are pinned until it is admitted, so that they are all there at once. A request does not wait longer
+than computing would take: what comes too late for it is there for the next one.
+"""
+
+import time
+from collections.abc import Iterable
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from vlcache_connector.plan.keys import entry_class
+from vlcache_connector.store.host import HostEntry
+from vlcache_connector.types import EntryClass, Span
+
+if TYPE_CHECKING:
+    from vlcache_connector.engine.session import SchedulerSession
+
+MIN_WAIT_S = 0.05  # less than this is not worth computing twice
+MAX_WAIT_S = 10.0
+
+
+class Fetches:
+    """The entries that requests wait for."""
+
+    def __init__(self, session: "SchedulerSession") -> None:
+        self._session = session
+        self._pinned: dict[str, dict[bytes, HostEntry]] = {}  # request -> entries
+        self._deadlines: dict[str, float] = {}
+        self._tiers: dict[str, str] = {}  # request -> the lowest tier that it waited for
+
+    def wait_for_spans(self, request_id: str, spans: Iterable[Span], salt: str | None) -> bool:
+        """Begin to bring up what these spans need, up to the first one that nobody holds; whether there is anything to
+        wait for.
+        """
+        if self._session.lower is None:
+            return False
+        wanted = [
+            (key, span.length, entry_class(kind, salt))
+            for span in takewhile(self._is_held, spans)
+            for key, kind in ((span.kv_key, "kv"), (span.embedding_key, "embedding"))
+        ]
+        if request_id not in self._pinned and all(self._session.index.get(key) is not None for key, *_ in wanted):
+            return False
+        return self._wait_for_all(request_id, wanted)
+
+    def wait_for_embedding(self, request_id: str, key: bytes, num_tokens: int, salt: str | None) -> bool:
+        """The same for one encoder output."""
+        session = self._session
+        if session.lower is None or session.index.get(key) is not None or not session.is_held(key, num_tokens):
+            return False
+        return self._wait_for_all(request_id, [(key, num_tokens, entry_class("embedding", salt))])
+
+    def tier(self, request_id: str) -> str:
+        """Where the request's entries came from."""
+        return self._tiers.get(request_id, "host")
+
+    def release(self, request_id: str) -> None:
+        """The request was admitted, or is gone."""
+        for entry in self._pinned.pop(request_id, {}).values():
+            self._session.index.unpin(entry)
+        self._deadlines.pop(request_id, None)
+
+    def forget(self, request_id: str) -> None:
+        self.release(request_id)
+        self._tiers.pop(request_id, None)
+
+    def _is_held(self, span: Span) -> bool:
+        keys = (span.kv_key, span.embedding_key)
+        return all(self._session.is_held(key, span.length) for key in keys)
+
+    def _wait_for_all(self, request_id: str, wanted: list[tuple[bytes, int, EntryClass]]) -> bool:
+        """Whether one of these entries is on its way and the request should wait for it: no longer than computing what
+        it lacks would take, once the prices are known.
+        """
+        moving = [one for one in wanted if self._wait_for(request_id, *one)]
+        if not moving:
+            return False
+        now = time.monotonic()
+        if request_id not in self._deadlines:
+            saved = [self._session.prices.saved_by(of_class.kind, num_tokens) for _, num_tokens, of_class in moving]
+            known = [seconds for seconds in saved if seconds is not None]
+            patience = sum(known) if len(known) == len(moving) else MAX_WAIT_S
+            self._deadlines[request_id] = now + min(max(patience, MIN_WAIT_S), MAX_WAIT_S)
+        return now <= self._deadlines[request_id]
+
+    def _wait_for(self, request_id: str, key: bytes, num_tokens: int, wanted: EntryClass) -> bool:
+        """Pin the entry; whether it is still on its way."""
+        lower, index = self._session.lower, self._session.index
+        assert lower is not None
+        entry = index.get(key)
+        is_moving = entry is None
+        if entry is None and not index.holds(key) and (tier := lower.find(key, num_tokens)) is not None:
+            nbytes = self._session.layout.nbytes(wanted.kind, num_tokens)
+            seconds = self._session.prices.saved_by(wanted.kind, num_tokens)
+            lower.fetch(tier, key, nbytes, num_tokens, wanted, seconds)
+        if entry is None and (fetch := lower.fetching(key)) is not None:
+            entry, self._tiers[request_id] = fetch.entry, fetch.tier.name
+        pinned = self._pinned.setdefault(request_id, {})
+        if entry is not None and pinned.get(key) is not entry:
+            index.pin(entry, is_use=False)
+            if key in pinned:
+                index.unpin(pinned[key])
+            pinned[key] = entry
+        return is_moving and entry is not None

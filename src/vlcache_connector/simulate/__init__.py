@@ -1,0 +1,1 @@
+"""`vlcache simulate`: a recorded trace against eviction policies, capacities, and what no policy could exceed."""

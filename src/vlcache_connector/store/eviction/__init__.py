@@ -1,0 +1,1 @@
+"""Who leaves a bounded tier, when, and why."""

@@ -1,0 +1,1 @@
+"""Point-in-time images of the host tier on disk."""

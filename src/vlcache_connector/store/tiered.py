@@ -1,0 +1,199 @@
+"""Moves entries between the host tier and the tiers below it, in threads of the scheduler process. They read and write
+the workers' slabs, which are shared memory, so no engine step and no worker takes part.
+
+`lock` guards the host index; the scheduler's hooks hold it while they run, threads here hold it for the few lines that
+change the index, and nobody holds it during I/O.
+
+An entry on its way up (`fetch`) is being written as far as the index is concerned: nobody finds it before all its bytes
+were read and verified. An entry on its way down (`keep`) is pinned. Both are bounded, and what does not fit is dropped:
+the entry is computed again, or is gone after a restart.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from logging import getLogger
+
+from vlcache_connector.metrics import Counters
+from vlcache_connector.store.base import EntryLostError, Tier
+from vlcache_connector.store.host import HostEntry, HostIndex
+from vlcache_connector.store.host_bytes import HostBytes
+from vlcache_connector.types import EntryClass
+
+logger = getLogger(f"vllm.{__name__}")
+
+_READERS = 2
+_MANY_MOVES = 8
+_REFRESH_S = 5.0
+_LAST_MOVES_S = 3.0  # how long an engine that ends waits for entries that are on their way
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """An entry on its way up, and where it comes from."""
+
+    entry: HostEntry
+    tier: Tier
+
+
+class LowerTiers:
+    """The tiers below the host tier, nearest first; there may be none. Methods are called with `lock` held, except
+    `drain` and `close`.
+    """
+
+    def __init__(
+        self,
+        index: HostIndex,
+        lock: threading.RLock,
+        host_bytes: HostBytes,
+        tiers: Sequence[Tier],
+        counters: Counters,
+        max_unwritten_nbytes: int,
+    ) -> None:
+        self.tiers = tuple(tiers)
+        self._index, self._lock, self._bytes, self._counters = index, lock, host_bytes, counters
+        self._max_unwritten_nbytes = max_unwritten_nbytes
+        self._unwritten_nbytes = 0
+        self._fetching: dict[bytes, Fetch] = {}
+        self._failing: set[str] = set()  # tiers whose last write failed
+        self._is_closed = threading.Event()
+        self._under_way: set[Future[None]] = set()
+        self._readers = ThreadPoolExecutor(_READERS, "vlcache-read")
+        self._writer = ThreadPoolExecutor(1, "vlcache-write")
+        if tiers:
+            threading.Thread(target=self._refresh, name="vlcache-refresh", daemon=True).start()
+
+    # -- up -----------------------------------------------------------------------------------------------------------
+
+    def find(self, key: bytes, num_tokens: int) -> Tier | None:
+        """The nearest tier that holds the entry."""
+        return next((tier for tier in self.tiers if tier.find(key) == num_tokens), None)
+
+    def fetching(self, key: bytes) -> Fetch | None:
+        """Whether the entry is on its way up."""
+        return self._fetching.get(key)
+
+    def fetch(
+        self, tier: Tier, key: bytes, nbytes: int, num_tokens: int, entry_class: EntryClass, seconds: float | None
+    ) -> None:
+        """Begin to bring an entry up, unless the host tier has no room now; a hit of it will save so many `seconds`."""
+        entry = self._index.reserve(key, nbytes, num_tokens, entry_class, seconds)
+        if entry is None:
+            self._counters.add("dropped_reads")
+            return
+        self._fetching[key] = Fetch(entry, tier)
+        self._start(self._readers.submit(self._read, tier, entry))
+
+    def _read(self, tier: Tier, entry: HostEntry) -> None:
+        start = time.perf_counter()
+        error: str | None = None
+        try:
+            self._read_parts(tier, entry)
+        except EntryLostError as lost:
+            error = str(lost)
+        except Exception:
+            logger.exception("VLCache: an entry could not be read from the %s tier", tier.name)
+            error = "read"
+        seconds = time.perf_counter() - start
+        with self._lock:
+            del self._fetching[entry.key]
+            if error is None:
+                self._index.commit(entry)
+                self._count(tier, "read", entry, seconds)
+                if self._index.get(entry.key) is entry:
+                    self._keep(entry, self.tiers[: self.tiers.index(tier)] if tier in self.tiers else self.tiers)
+            else:
+                self._index.discard(entry)
+                self._counters.add("lost_entries", label=tier.name)
+
+    def _read_parts(self, tier: Tier, entry: HostEntry) -> None:
+        meta, kept = self._bytes.kept(entry)
+        tier.read(meta, kept)
+        for parts in self._bytes.ranks(entry)[len(kept) :]:
+            for part, read in zip(parts, kept[0], strict=True):
+                part.buffer[:] = read.buffer
+
+    # -- down ---------------------------------------------------------------------------------------------------------
+
+    def keep(self, entry: HostEntry) -> None:
+        """Write a new entry to the tiers below, in time."""
+        self._keep(entry, self.tiers)
+
+    def _keep(self, entry: HostEntry, tiers: Sequence[Tier]) -> None:
+        wanting = [tier for tier in tiers if tier.find(entry.key) is None]
+        if not wanting:
+            return
+        unwritten_nbytes = self._unwritten_nbytes + entry.extent.nbytes
+        if unwritten_nbytes > self._max_unwritten_nbytes and self._unwritten_nbytes > 0:
+            self._counters.add("dropped_writes", label="queue_full")
+            return
+        self._unwritten_nbytes = unwritten_nbytes
+        self._index.pin(entry, is_use=False)
+        self._start(self._writer.submit(self._write, wanting, entry))
+
+    def _write(self, tiers: Sequence[Tier], entry: HostEntry) -> None:
+        for tier in tiers:
+            with self._lock:
+                is_wanted = self._index.get(entry.key) is entry  # it may have been cleared while it waited
+            if is_wanted:
+                self._write_to(tier, entry)
+        with self._lock:
+            self._unwritten_nbytes -= entry.extent.nbytes
+            self._index.unpin(entry)
+
+    def _write_to(self, tier: Tier, entry: HostEntry) -> None:
+        start = time.perf_counter()
+        try:
+            tier.write(*self._bytes.kept(entry))
+        except Exception as error:
+            if tier.name not in self._failing:  # said once, until a write succeeds again
+                is_known = isinstance(error, OSError)
+                logger.warning(
+                    "VLCache: the %s tier did not keep an entry: %s", tier.name, error, exc_info=not is_known
+                )
+            self._failing.add(tier.name)
+            self._counters.add("dropped_writes", label="error")
+            return
+        self._failing.discard(tier.name)
+        self._count(tier, "written", entry, time.perf_counter() - start)
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    def wait_for_room(self) -> None:
+        """Until few enough moves are under way, without the lock: for who begins many."""
+        while len(moves := tuple(self._under_way)) >= _MANY_MOVES:
+            wait(moves, return_when=FIRST_COMPLETED)
+
+    def drain(self, timeout_s: float | None) -> bool:
+        """Wait, without the lock, until nothing is on its way; False when that takes too long."""
+        return not wait(tuple(self._under_way), timeout_s).not_done
+
+    def close(self) -> None:
+        """End all threads. What is on its way gets a little time."""
+        self._is_closed.set()
+        if not self.drain(_LAST_MOVES_S):
+            logger.warning("VLCache: some entries were not written to the tiers below in time")
+        for pool in (self._readers, self._writer):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for tier in self.tiers:
+            tier.close()
+
+    def _start(self, move: "Future[None]") -> None:
+        self._under_way.add(move)
+        move.add_done_callback(self._under_way.discard)
+
+    def _count(self, tier: Tier, done: str, entry: HostEntry, seconds: float) -> None:
+        self._counters.add(f"{done}_entries", label=tier.name)
+        num_copies = 1 if entry.entry_class.kind == "embedding" else self._bytes.num_ranks
+        self._counters.add(f"{done}_bytes", entry.extent.nbytes * num_copies, label=tier.name)
+        self._counters.add(f"{done}_seconds", seconds, label=tier.name)
+
+    def _refresh(self) -> None:
+        while not self._is_closed.wait(_REFRESH_S):
+            for tier in self.tiers:
+                try:
+                    tier.refresh()
+                except Exception:
+                    logger.exception("VLCache: the %s tier could not be looked through", tier.name)
