@@ -10,7 +10,7 @@ import torch
 
 from checkpoints import cached_checkpoint
 from vlcache_connector.engine.compat import require_supported_engine
-from vlcache_connector.engine.fingerprint import embedding_facts, kv_facts, weights_fingerprint
+from vlcache_connector.engine.fingerprint import are_weights_known, embedding_facts, kv_facts, weights_fingerprint
 from vlcache_connector.engine.support import engine_reason, feature_reason
 from vlcache_connector.errors import UnsupportedEngineError
 from vlcache_connector.store.slab import EntryLayout
@@ -153,3 +153,17 @@ def test_the_fingerprint_changes_with_weights_processor_and_layout(config: Any, 
     weights.write_bytes(bytes(1 << 19) + b"\x01" + bytes((1 << 19) - 1))
     assert weights_fingerprint(tmp_path) != empty
     assert weights_fingerprint(tmp_path / "not there") == weights_fingerprint(tmp_path / "nor there")
+
+
+def test_weights_of_a_hub_name_are_known_by_the_commit_only(config: Any) -> None:
+    """Entries that outlive the engine must not be found after the name stands for other weights."""
+    model = config.model_config
+    assert are_weights_known(model)
+    model.model = "somebody/some-model"
+    assert not are_weights_known(model)
+    facts = set()
+    for commit in ("1" * 40, "2" * 40):
+        model.hf_config._commit_hash = commit
+        assert are_weights_known(model)
+        facts.add(embedding_facts(config))
+    assert len(facts) == 2

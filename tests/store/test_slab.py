@@ -1,12 +1,15 @@
 """Views of entries in the slab: where they lie, what they look like, and that nothing but them changes."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
 
 from vlcache_connector.store.extents import ALIGNMENT, ExtentAllocator
-from vlcache_connector.store.slab import POSITION_CHANNELS, EntryLayout, Slab
+from vlcache_connector.store.slab import POSITION_CHANNELS, EntryLayout, Slab, SlabBytes
 from vlcache_connector.types import Extent
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -157,3 +160,70 @@ def test_a_view_never_reaches_beyond_its_extent() -> None:
             view(small, num_tokens)
     with pytest.raises(ValueError, match="do not fit"):
         slab.embedding(Extent((1 << 16) - 10, 1 << 12), 4)
+
+
+# -- the same memory in another process --------------------------------------------------------------------------------
+
+_OTHER = """
+import sys
+from vlcache_connector.store.slab import EntryLayout, SlabBytes
+from vlcache_connector.types import Extent
+import torch
+layout = EntryLayout(3, 2, 5, torch.bfloat16, 7, torch.bfloat16)
+slab = SlabBytes.find(layout, sys.argv[1], [int(sys.argv[2])])
+for part in slab.parts(Extent(0, 1 << 16), "kv", 3):
+    part.buffer[:] = bytes(255 - byte for byte in part.buffer)
+"""
+
+
+@every_dtype
+@every_length
+def test_parts_are_the_bytes_of_the_views_in_their_order(dtype: torch.dtype, num_tokens: int) -> None:
+    layout = layout_of(dtype)
+    slab = Slab(1 << 16, layout, "vlcache-test-parts")
+    shared = SlabBytes.find(layout, "vlcache-test-parts", ["self"])
+    extent = Extent(256, 1 << 15)
+    views = [*slab.kv(extent, num_tokens), slab.positions(extent, num_tokens)]
+    for number, view in enumerate(views):
+        raw_view(view).copy_(random_bits(view.shape, view.dtype, number).view(torch.uint8).flatten())
+    parts = shared.parts(extent, "kv", num_tokens)
+    assert [part.name for part in parts] == ["layer.0", "layer.1", "layer.2", "positions"]
+    for part, view in zip(parts, views, strict=True):
+        assert part.shape == tuple(view.shape)
+        assert bytes(part.buffer) == bytes(raw_view(view).tolist())
+    rows = slab.embedding(extent, num_tokens)
+    (embedding,) = shared.parts(extent, "embedding", num_tokens)
+    assert (embedding.name, embedding.shape) == ("embedding", tuple(rows.shape))
+    assert bytes(embedding.buffer) == bytes(raw_view(rows).tolist())
+
+
+def raw_view(view: torch.Tensor) -> torch.Tensor:
+    return view.reshape(-1).view(torch.uint8)
+
+
+def test_another_process_of_the_user_finds_a_slab_by_its_name_and_shares_its_bytes() -> None:
+    slab = Slab(1 << 16, layout_of(torch.bfloat16), "vlcache-test-shared")
+    kv = slab.kv(Extent(0, 1 << 16), 3)
+    kv.zero_()
+    command = [sys.executable, "-c", _OTHER, "vlcache-test-shared", str(os.getpid())]
+    subprocess.run(command, check=True, timeout=120)
+    assert bytes(raw_view(kv).tolist()) == b"\xff" * kv.numel() * 2
+
+
+def test_a_slab_that_nobody_holds_is_not_found() -> None:
+    layout = layout_of(torch.bfloat16)
+    slab = Slab(4096, layout, "vlcache-test-gone")
+    SlabBytes.find(layout, "vlcache-test-gone", [os.getpid()])
+    del slab
+    with pytest.raises(FileNotFoundError, match="vlcache-test-gone"):
+        SlabBytes.find(layout, "vlcache-test-gone", [os.getpid(), 2**22 - 1])
+
+
+@pytest.mark.parametrize("extent", [Extent(0, 64), Extent(4096 - 256, 512)])
+def test_parts_never_reach_beyond_an_extent_or_the_slab(extent: Extent) -> None:
+    layout = layout_of(torch.bfloat16)
+    _slab = Slab(4096, layout, "vlcache-test-bounds")
+    shared = SlabBytes.find(layout, "vlcache-test-bounds", ["self"])
+    for kind in ("kv", "embedding"):
+        with pytest.raises(ValueError, match="do not fit"):
+            shared.parts(extent, kind, 41)
