@@ -17,7 +17,7 @@ import json, torch
 from vlcache_connector.kernels import library, ops
 
 pages = torch.arange(2.0 * 4 * 6).view(2, 1, 4, 6)  # 2 blocks of 4 tokens, one head, 3 numbers of K and 3 of V
-layout = ops.PageLayout(4, (0, 3, 6, 24, 1))
+layout = ops.PageLayout.alike(4, ops.Strides(0, 6, 24, 1), 3)
 entry = torch.empty(1, 2, 3, 1, 3)
 for _ in range(2):
     ops.save_rows(entry, [pages], torch.tensor([7, 0, 5]), layout)
