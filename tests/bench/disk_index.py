@@ -60,7 +60,7 @@ def look_ups(folder: Path, num_entries: int) -> dict[str, Any]:
     say(f"disk: an index of {num_entries} entries")
     before = resident_nbytes()
     for i in range(num_entries):
-        index.put(Record(os.urandom(32), 1000 + i % 1000, KV, 1, 1, 100_000_000 + i))
+        index.put(Record(os.urandom(32), 1000 + i % 1000, KV, 1, 1, 100_000_000 + i, written=time.time_ns()))
     nbytes = (resident_nbytes() - before) / num_entries
     present = [record.key for record in index.records()]
     keys = [*random.sample(present, min(100_000, num_entries)), *(os.urandom(32) for _ in range(100_000))]

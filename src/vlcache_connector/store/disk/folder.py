@@ -94,9 +94,11 @@ def list_folder(folder: Path) -> tuple[list[Found], list[str]]:
             if name is None or name.folder != folder.name or not file.is_file(follow_symlinks=False):
                 strays.append(file.name)
                 continue
-            with suppress(FileNotFoundError):  # another engine has just removed it
+            try:
                 status = file.stat(follow_symlinks=False)
-                found.append(Found(name, status.st_size, status.st_atime_ns, status.st_mtime_ns, status.st_ino))
+            except FileNotFoundError:  # another engine has just removed it
+                continue
+            found.append(Found(name, status.st_size, status.st_atime_ns, status.st_mtime_ns, status.st_ino))
     return found, strays
 
 

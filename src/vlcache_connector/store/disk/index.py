@@ -77,7 +77,9 @@ class DiskIndex:
         self._forget(record.key)
         age_s = max(0.0, (time.time_ns() - record.written) / 1e9)
         expires_s = self.order.inserted(record.key, record.nbytes, record.entry_class, age_s=age_s)
-        self._folders[record.key[0]][record.key] = replace(record, expires_s=expires_s)
+        if expires_s < math.inf:
+            record = replace(record, expires_s=expires_s)
+        self._folders[record.key[0]][record.key] = record
         self.nbytes += record.nbytes
 
     def remove(self, record: Record) -> bool:
