@@ -10,6 +10,7 @@ import pytest
 from engine.conftest import MakeEngine
 from engine.fake_prompts import Ask, Image, text
 from engine.scenes import BETWEEN, CLOSE, OPEN, PROMPT, A, C, drop_entries, fail, reused, show, steps_of
+from vlcache_connector.engine.kv_scheduler import VLCacheScheduler
 
 # -- requests that go away or start again -----------------------------------------------------------------------------
 
@@ -189,3 +190,22 @@ def test_an_embedding_that_cannot_be_loaded_is_encoded_again(make_engine: MakeEn
     fail(engine, "embedding", 0)
     engine.ask(Ask(PROMPT, "exact"))
     assert len(engine.encoded) == 1
+
+
+def test_a_request_on_its_own_approximate_blocks_stays_approximate_when_planning_fails(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the new image would be stored as exact, and the report would be wrong."""
+    engine = make_engine()
+    show(engine)
+    assert reused(*engine.ask(Ask(PROMPT))) > 0
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VLCacheScheduler, "_plan", broken)
+        (answer,) = engine.ask(Ask([*PROMPT, Image("new", 8), *CLOSE]))
+    assert answer.report["approximate"] and answer.report["reused_tokens"] == 0
+    engine.session.counters.take()
+    assert engine.counts.pop("failures:look-up") > 0

@@ -78,6 +78,7 @@ class VLCacheScheduler:
         state = self._states.get(request.request_id)
         if state is None:
             return 0
+        state.is_approximate = state.is_approximate or self._chains.is_used(state, num_local)  # whatever fails below
         spans = [span for span in state.spans if span.end > num_local]
         if self._may_reuse(state) and self._session.fetches.wait_for_spans(
             request.request_id, spans, request.cache_salt
