@@ -1,0 +1,1 @@
+"""A small vision-language model that answers questions about generated pictures; README.md says how it is trained."""
