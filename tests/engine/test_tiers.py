@@ -278,3 +278,24 @@ def test_a_request_waits_no_longer_than_computing_would_take(
     engine.forget()
     (answer,) = engine.ask(Ask(PROMPT))
     assert reused(answer) > 0 and counts(engine)["read_entries:disk"] == 4
+
+
+def test_entries_that_are_cleared_on_their_way_up_are_fetched_once_more(
+    make_engine: MakeEngine, disk: dict[str, Any], gate: threading.Event
+) -> None:
+    """As `vlcache clear --tier host` does; the first fetch ends while the second is under way."""
+    engine = make_engine(**disk)
+    show_and_write(engine)
+    drop_entries(engine)
+    name = engine.add(Ask(PROMPT))
+    for _ in range(5):
+        engine.step()
+    with engine.session.lock:
+        engine.session.index.clear()
+    for _ in range(5):
+        engine.step()
+    gate.set()
+    engine.run()
+    assert reused(engine.answers[name]) > 0
+    engine.session.counters.take()
+    assert not any(count.startswith("failures") for count in engine.counts)

@@ -72,8 +72,9 @@ class LowerTiers:
         return next((tier for tier in self.tiers if tier.find(key) == num_tokens), None)
 
     def fetching(self, key: bytes) -> Fetch | None:
-        """Whether the entry is on its way up."""
-        return self._fetching.get(key)
+        """Whether the entry is on its way up, and was not cleared meanwhile."""
+        fetch = self._fetching.get(key)
+        return fetch if fetch is not None and self._index.has(fetch.entry) else None
 
     def fetch(
         self, tier: Tier, key: bytes, nbytes: int, num_tokens: int, entry_class: EntryClass, seconds: float | None
@@ -98,7 +99,9 @@ class LowerTiers:
             error = "read"
         seconds = time.perf_counter() - start
         with self._lock:
-            del self._fetching[entry.key]
+            fetch = self._fetching.get(entry.key)
+            if fetch is not None and fetch.entry is entry:  # else it was cleared, and is fetched once more
+                del self._fetching[entry.key]
             if error is None:
                 self._index.commit(entry)
                 self._count(tier, "read", entry, seconds)

@@ -6,7 +6,7 @@ here would share the interpreter lock with the scheduler. Measured while the sch
 waits 5 ms for the lock after each call of the system and needs 34 to 42 s for a snapshot of 1 GiB that takes 4 s at its
 cap of 256 MiB/s, and the scheduler stops for up to 16 ms; the process needs 4.3 to 7.5 s, and the scheduler stops for
 up to 8 ms, where 5 ms come from the machine (`busy-` in tests/bench/snapshot_windows.py). Starting a process stops all
-Python here for up to 6 ms, so it is started with the engine.
+Python here for up to 6 ms, so an engine that keeps snapshots starts it before requests come.
 """
 
 import logging
