@@ -13,6 +13,7 @@ from vlcache_connector.policy import POLICIES
 from vlcache_connector.types import Mode
 
 NAN, INF = math.nan, math.inf
+ENGINE = Options(policy="full", recompute_ratio=0.2)
 
 # option -> good values, bad values, what the message must say is allowed
 OPTIONS: dict[str, tuple[list[Any], list[Any], str]] = {
@@ -155,27 +156,27 @@ def test_options_cannot_change() -> None:
 
 
 def test_a_request_that_says_nothing_gets_reuse_at_the_engines_ratio() -> None:
-    assert RequestOptions.parse(None, 0.2) == RequestOptions(Mode.REUSE, 0.2)
-    assert RequestOptions.parse({}, 0.2) == RequestOptions(Mode.REUSE, 0.2)
+    assert RequestOptions.parse(None, ENGINE) == RequestOptions(Mode.REUSE, "full", 0.2)
+    assert RequestOptions.parse({}, ENGINE) == RequestOptions(Mode.REUSE, "full", 0.2)
 
 
 @pytest.mark.parametrize("mode", list(Mode))
 def test_each_mode_is_read(mode: Mode) -> None:
-    parsed = RequestOptions.parse({"mode": str(mode)}, 0.2)
-    assert parsed == RequestOptions(mode, 0.2)
+    parsed = RequestOptions.parse({"mode": str(mode)}, ENGINE)
+    assert parsed == RequestOptions(mode, "full", 0.2)
     assert type(parsed.mode) is Mode
 
 
 @pytest.mark.parametrize("ratio", OPTIONS["recompute_ratio"][0])
 def test_a_request_sets_its_own_ratio(ratio: float) -> None:
-    parsed = RequestOptions.parse({"recompute_ratio": ratio}, 0.2)
-    assert parsed == RequestOptions(Mode.REUSE, ratio)
+    parsed = RequestOptions.parse({"recompute_ratio": ratio}, ENGINE)
+    assert parsed == RequestOptions(Mode.REUSE, "full", ratio)
     assert type(parsed.recompute_ratio) is float
 
 
 @pytest.mark.parametrize("mode", ["Reuse", "on", "", None, True, 1, ["reuse"], {"mode": "off"}], ids=repr)
 def test_a_bad_mode_is_an_error_that_lists_the_modes(mode: Any) -> None:
-    message = message_of(lambda: RequestOptions.parse({"mode": mode}, 0.2))
+    message = message_of(lambda: RequestOptions.parse({"mode": mode}, ENGINE))
     assert "'mode'" in message
     assert repr(mode) in message
     assert all(repr(str(each)) in message.partition("allowed:")[2] for each in Mode)
@@ -183,7 +184,7 @@ def test_a_bad_mode_is_an_error_that_lists_the_modes(mode: Any) -> None:
 
 @pytest.mark.parametrize("ratio", OPTIONS["recompute_ratio"][1], ids=repr)
 def test_a_bad_ratio_of_a_request_is_an_error(ratio: Any) -> None:
-    message = message_of(lambda: RequestOptions.parse({"recompute_ratio": ratio}, 0.2))
+    message = message_of(lambda: RequestOptions.parse({"recompute_ratio": ratio}, ENGINE))
     assert "'recompute_ratio'" in message
     assert repr(ratio) in message
     assert "from 0 to 1" in message
@@ -191,13 +192,13 @@ def test_a_bad_ratio_of_a_request_is_an_error(ratio: Any) -> None:
 
 @pytest.mark.parametrize("raw", ["reuse", 1, True, [], ["mode"], 0.5], ids=repr)
 def test_anything_but_an_object_is_an_error(raw: Any) -> None:
-    message = message_of(lambda: RequestOptions.parse(raw, 0.2))
+    message = message_of(lambda: RequestOptions.parse(raw, ENGINE))
     assert repr(raw) in message
     assert 'kv_transfer_params["vlcache"]' in message
 
 
 def test_an_unknown_key_of_a_request_is_an_error_that_names_the_nearest() -> None:
-    message = message_of(lambda: RequestOptions.parse({"modes": "off"}, 0.2))
+    message = message_of(lambda: RequestOptions.parse({"modes": "off"}, ENGINE))
     assert "'modes'" in message
     assert "did you mean 'mode'?" in message
     assert 'kv_transfer_params["vlcache"]' in message

@@ -12,6 +12,7 @@ from vlcache_connector.types import KINDS, MODALITIES, Mode
 
 ATTENTION = ("engine", "vlcache", "xformers")
 EVICTION = ("lru", "cost")
+DEFAULT_POLICY, DEFAULT_RATIO = "leading", 0.05
 CLASSES = (*KINDS, *MODALITIES, "tenant")
 """Classes of entries that limits are for; besides these, "tenant:NAME" is the tenant with this cache_salt."""
 
@@ -20,9 +21,9 @@ CLASSES = (*KINDS, *MODALITIES, "tenant")
 class Options:
     """All options of the connector. An empty dictionary is a valid configuration."""
 
-    policy: str = "leading"
+    policy: str = DEFAULT_POLICY
     """Which tokens of a reused span are recomputed: one of `POLICIES`."""
-    recompute_ratio: float = 0.05
+    recompute_ratio: float = DEFAULT_RATIO
     """Share of a span's tokens to recompute, in [0, 1]; at least one token is recomputed when it is above 0."""
     host_gib: float = 4.0
     """GiB of host memory for entries, in each worker process."""
@@ -55,7 +56,7 @@ class Options:
     """File in which look-ups, inserts and evictions are recorded, for `vlcache simulate`."""
 
     def __post_init__(self) -> None:
-        _check("policy", self.policy, lambda v: isinstance(v, str) and v in POLICIES, f"one of {sorted(POLICIES)}")
+        _check("policy", self.policy, _is_policy, f"one of {sorted(POLICIES)}")
         _check("recompute_ratio", self.recompute_ratio, _is_ratio, "a number from 0 to 1")
         _check("host_gib", self.host_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
         _check("disk_path", self.disk_path, _is_path, "a folder")
@@ -89,25 +90,30 @@ class RequestOptions:
     """What one request asked for."""
 
     mode: Mode = Mode.REUSE
-    recompute_ratio: float = 0.05
+    policy: str = DEFAULT_POLICY
+    recompute_ratio: float = DEFAULT_RATIO
     explain: bool = False
     """Whether the response carries the plan as well."""
 
     @classmethod
-    def parse(cls, raw: Any, default_ratio: float) -> "RequestOptions":
-        """From the value of `kv_transfer_params["vlcache"]`, None when absent. Raises `OptionError`."""
+    def parse(cls, raw: Any, engine: Options) -> "RequestOptions":
+        """From the value of `kv_transfer_params["vlcache"]`, None when absent; the engine's options are the defaults.
+        Raises `OptionError`.
+        """
         if raw is None:
-            return cls(recompute_ratio=default_ratio)
+            raw = {}
         if not isinstance(raw, Mapping):
             raise OptionError(f'kv_transfer_params["vlcache"] is {raw!r}; expected an object with "mode"')
-        _check_keys('kv_transfer_params["vlcache"]', raw, ["mode", "recompute_ratio", "explain"])
+        _check_keys('kv_transfer_params["vlcache"]', raw, [f.name for f in fields(cls)])
         mode = raw.get("mode", Mode.REUSE)
-        ratio = raw.get("recompute_ratio", default_ratio)
+        policy = raw.get("policy", engine.policy)
+        ratio = raw.get("recompute_ratio", engine.recompute_ratio)
         explain = raw.get("explain", False)
         _check("mode", mode, lambda v: v in list(Mode), f"one of {[str(m) for m in Mode]}")
+        _check("policy", policy, _is_policy, f"one of {sorted(POLICIES)}")
         _check("recompute_ratio", ratio, _is_ratio, "a number from 0 to 1")
         _check("explain", explain, lambda v: isinstance(v, bool), "true or false")
-        return cls(Mode(mode), float(ratio), explain)
+        return cls(Mode(mode), policy, float(ratio), explain)
 
 
 def _check_keys(where: str, keys: Iterable[Any], known: list[str], noun: str = "option") -> None:
@@ -122,6 +128,10 @@ def _check_keys(where: str, keys: Iterable[Any], known: list[str], noun: str = "
 def _check(name: str, value: Any, is_valid: Callable[[Any], bool], allowed: str) -> None:
     if not is_valid(value):
         raise OptionError(f"option {name!r} is {value!r}; allowed: {allowed}")
+
+
+def _is_policy(value: Any) -> bool:
+    return isinstance(value, str) and value in POLICIES
 
 
 def _is_number(value: Any) -> bool:

@@ -83,12 +83,14 @@ class ReusePlan:
     """Which tokens of the covered range [start, end) are reused and which are recomputed; the rest is the engine's.
 
     `recomputed` holds every token of the range that is not reused, in order: text, separators, and chosen span tokens.
+    With `shifts`, reused tokens move by the mean change of the recomputed ones of their span.
     """
 
     start: int
     end: int
     spans: tuple[SpanPlan, ...]
     recomputed: tuple[Run, ...]
+    shifts: bool = False
 
     @property
     def num_reused(self) -> int:

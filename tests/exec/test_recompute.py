@@ -14,7 +14,7 @@ import torch
 
 from vlcache_connector.exec.batch import PassLimits, VirtualBatch
 from vlcache_connector.exec.model import Prompt
-from vlcache_connector.exec.recompute import Recompute, SequenceInput
+from vlcache_connector.exec.recompute import FreshKV, Recompute, SequenceInput
 from vlcache_connector.exec.rope import Rope
 from vlcache_connector.types import Run
 
@@ -122,7 +122,7 @@ class PagedStack:
         self._open: VirtualBatch | None = None
 
     @contextmanager
-    def attention(self, batch: VirtualBatch) -> Iterator[None]:
+    def attention(self, batch: VirtualBatch, fresh_kv: FreshKV | None = None) -> Iterator[None]:
         self.batches.append(batch)
         self._open = batch
         yield
@@ -306,7 +306,7 @@ class Recorder:
     calls: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (layer, positions, rows)
 
     @contextmanager
-    def attention(self, batch: VirtualBatch) -> Iterator[None]:
+    def attention(self, batch: VirtualBatch, fresh_kv: FreshKV | None = None) -> Iterator[None]:
         self.batches.append(batch)
         yield
 

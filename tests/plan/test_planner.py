@@ -1,5 +1,6 @@
 """The planner against a naive labelling of every token of random prompts, and the promises of its plans one by one."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,8 +23,24 @@ class EveryThird:
 
     name = "every_third"
 
+    shifts = False
+
     def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:
         return tuple(Run(offset, offset + 1) for offset in range(1, length, 3))
+
+
+def is_sample(offset: int, length: int, ratio: Fraction) -> bool:
+    """Whether `shifted` takes a token: the parts give one each in turn, larger parts first, then scattered ones."""
+    parts = min(8, length)
+    starts = [i * length // parts for i in range(parts + 1)]
+    turn = [0, 4, 2, 6, 1, 5, 3, 7]
+    in_order = sorted(
+        (token - starts[i], starts[i] - starts[i + 1], turn[i], token)
+        for i in range(parts)
+        for token in range(starts[i], starts[i + 1])
+    )
+    count = max(parts, math.ceil(ratio * length)) if ratio > 0 else 0
+    return offset in {token for *_, token in in_order[:count]}
 
 
 ALL_POLICIES: dict[str, Policy] = {**POLICIES, "every_third": EveryThird()}
@@ -32,6 +49,7 @@ IS_CHOSEN: dict[str, Callable[[int, int, Fraction], bool]] = {
     "full": lambda offset, length, ratio: True,
     "leading": lambda offset, length, ratio: offset * ratio.denominator < ratio.numerator * length,
     "none": lambda offset, length, ratio: False,
+    "shifted": is_sample,
     "every_third": lambda offset, length, ratio: offset % 3 == 1,
 }
 

@@ -14,6 +14,7 @@ from vlcache_connector.errors import OptionError
 from vlcache_connector.exec.attention import PASS_ATTENTION, PassAttention
 from vlcache_connector.exec.batch import VirtualBatch
 from vlcache_connector.exec.pages import Pages
+from vlcache_connector.exec.recompute import FreshKV
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,13 +41,15 @@ class AttentionContexts:
         self._layers: list[Any] = [layers[name] for name in self._layer_names]
         builder_class = self._layers[0].get_attn_backend().get_builder_cls()
         self._builder = builder_class(spec, list(self._layer_names), vllm_config, pages.device)
+        self.shows_fresh_kv = not self._layers[0].get_attn_backend().forward_includes_kv_cache_update
+        """Whether passes can call back between a layer's KV update and its attention."""
         self._replacement: PassAttention | None = None
         if attention != "engine":
             _require_plain_attention(self._layers[0], attention)
             self._replacement = PASS_ATTENTION[attention](pages)
 
     @contextmanager
-    def __call__(self, batch: VirtualBatch) -> Iterator[None]:
+    def __call__(self, batch: VirtualBatch, fresh_kv: FreshKV | None = None) -> Iterator[None]:
         """The context of one pass. Layers run eagerly in it, also when the engine compiles its model."""
         metadata = self._engine_metadata(batch) if self._replacement is None else batch
         with ExitStack() as opened:
@@ -59,9 +62,10 @@ class AttentionContexts:
                     skip_compiled=True,
                 )
             )
-            if self._replacement is not None:
-                for layer in self._layers:
-                    opened.enter_context(_replaced(layer, self._replacement))
+            if self._replacement is not None or fresh_kv is not None:
+                for number, layer in enumerate(self._layers):
+                    impl = _PassImpl(layer.impl, number, batch, self._replacement, fresh_kv)
+                    opened.enter_context(_replaced(layer, impl))
             yield
 
     def _engine_metadata(self, batch: VirtualBatch) -> Any:
@@ -82,15 +86,29 @@ class AttentionContexts:
         return self._builder.build(0, common)
 
 
-class _ReplacedImpl:
-    """Stands in for an attention layer's implementation: the engine's KV update, our attention."""
+class _PassImpl:
+    """Stands in for the implementation of an attention layer during a pass: the engine's KV update, which `fresh_kv`
+    hears of, and the engine's attention or `attend` in its place.
+    """
 
-    def __init__(self, engine: Any, attend: PassAttention) -> None:
+    def __init__(
+        self, engine: Any, layer: int, batch: VirtualBatch, attend: PassAttention | None, fresh_kv: FreshKV | None
+    ) -> None:
         self._engine = engine
+        self._layer = layer
+        self._batch = batch
         self._attend = attend
+        self._fresh_kv = fresh_kv
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        self._engine.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self._fresh_kv is not None:
+            self._fresh_kv(self._layer, key, value)
 
     def forward(
         self,
@@ -99,22 +117,27 @@ class _ReplacedImpl:
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: VirtualBatch,
+        attn_metadata: Any,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
+        *others: Any,
+        **named: Any,
     ) -> torch.Tensor:
-        num_tokens = attn_metadata.num_tokens
+        if self._attend is None:
+            attended: torch.Tensor = self._engine.forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *others, **named
+            )
+            return attended
+        num_tokens = self._batch.num_tokens
         soft_cap = self._engine.logits_soft_cap or 0.0
         scale = self._engine.scale
-        self._attend(query[:num_tokens], kv_cache, attn_metadata, scale, soft_cap, output[:num_tokens])
+        self._attend(query[:num_tokens], kv_cache, self._batch, scale, soft_cap, output[:num_tokens])
         return output
 
 
 @contextmanager
-def _replaced(layer: Any, attend: PassAttention) -> Iterator[None]:
+def _replaced(layer: Any, impl: _PassImpl) -> Iterator[None]:
     engine = layer.impl
-    layer.impl = _ReplacedImpl(engine, attend)
+    layer.impl = impl
     try:
         yield
     finally:

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 class Chains:
     """Keeps the chain of each request in step with its plan. `has_prefix_cache` False: hashes are never looked at."""
 
-    def __init__(self, policy: str, block_size: int, has_prefix_cache: bool) -> None:
-        self._policy = policy
+    def __init__(self, block_size: int, has_prefix_cache: bool) -> None:
         self._block_size = block_size
         self._has_prefix_cache = has_prefix_cache
 
@@ -23,10 +22,10 @@ class Chains:
         if not self._has_prefix_cache or not state.spans:
             return
         candidates = sorted({span.offset // self._block_size for span in state.spans})
-        ratio = state.options.recompute_ratio
-        start = namespace.cached_chain_start(state.request, candidates, pool, self._policy, ratio)
+        settings = state.options.policy, state.options.recompute_ratio
+        start = namespace.cached_chain_start(state.request, candidates, pool, *settings)
         if start is not None:
-            state.chain = namespace.enter(state.request, start, self._policy, ratio)
+            state.chain = namespace.enter(state.request, start, *settings)
 
     def enter(self, state: RequestState, num_local: int) -> bool:
         """Put the blocks of the plan into the approximate namespace; False when that is impossible."""
@@ -37,8 +36,8 @@ class Chains:
             return True
         span = next(part.span for part in state.plan.spans if part.reused)
         first_block = max(span.offset, num_local) // self._block_size
-        ratio = state.options.recompute_ratio
-        state.chain = namespace.enter(state.request, first_block, self._policy, ratio)
+        options = state.options
+        state.chain = namespace.enter(state.request, first_block, options.policy, options.recompute_ratio)
         return state.chain is not None
 
     def leave_unused(self, state: RequestState, num_local: int) -> None:

@@ -45,10 +45,9 @@ class VLCacheScheduler:
         self._session = session
         self._session.has_kv, self._session.unsupported = True, unsupported
         self._options = session.options
-        self._policy = POLICIES[self._options.policy]
         self._block_size = block_size
         has_prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
-        self._chains = Chains(self._policy.name, block_size, has_prefix_cache)
+        self._chains = Chains(block_size, has_prefix_cache)
         self._loads = LoadQueue(session, vllm_config.scheduler_config.max_num_batched_tokens)
         self._states: dict[str, RequestState] = {}
         self._reported: set[Reason] = set()
@@ -63,8 +62,7 @@ class VLCacheScheduler:
 
     @locked
     def on_new_request(self, request: "Request") -> None:
-        options = self._options
-        state = describe(request, self._session.keys, options.recompute_ratio, options.trust_client_uuids)
+        state = describe(request, self._session.keys, self._options)
         self._states[request.request_id] = state
         if state.declined is not None:
             self._tell(state.declined, state.error)
@@ -221,7 +219,7 @@ class VLCacheScheduler:
             state.available,
             state.request.num_tokens,
             num_local,
-            self._policy,
+            POLICIES[state.options.policy],
             state.options.recompute_ratio,
             self._options.min_reuse_tokens,
         )

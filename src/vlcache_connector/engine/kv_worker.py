@@ -30,6 +30,7 @@ from vlcache_connector.exec.model import LayerStack, Prompt
 from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.exec.recompute import Recompute, SequenceInput
 from vlcache_connector.exec.rope import position_delta
+from vlcache_connector.exec.shift import ShiftedSpan
 from vlcache_connector.exec.stopwatch import Stopwatch
 from vlcache_connector.exec.transfer import load_runs, save_run
 from vlcache_connector.plan.costs import MIN_TOKENS
@@ -134,6 +135,11 @@ class VLCacheWorker:
             logger.exception("VLCache: the recompute pass failed")
             for piece in pieces:
                 self._errors.setdefault(piece.request_id, f"recompute pass: {error}")
+        for piece, sequence in zip(pieces, sequences, strict=True):
+            for span in sequence.shifted:
+                if span.error is not None:
+                    logger.error("VLCache: request %s could not be loaded", piece.request_id, exc_info=span.error)
+                    self._errors.setdefault(piece.request_id, f"load: {span.error}")
         for piece in pieces:
             if piece.is_last:
                 self._answer(piece)
@@ -152,27 +158,33 @@ class VLCacheWorker:
             self._errors.setdefault(piece.request_id, f"preparation: {error}")
             anywhere = torch.zeros(3, len(piece.prompt.token_ids), dtype=torch.int64)
             return _sequence(piece.prompt, anywhere, piece.block_ids, piece.recomputed, [])
+        shifted: list[ShiftedSpan] = []
         try:
             for span in piece.spans:
-                self._load_span(span, positions, piece.block_ids)
+                shifted += self._load_span(span, positions, piece)
         except Exception as error:
             logger.exception("VLCache: request %s could not be loaded", piece.request_id)
             self._errors.setdefault(piece.request_id, f"load: {error}")
-        return _sequence(piece.prompt, positions, piece.block_ids, piece.recomputed, embeddings)
+        return _sequence(piece.prompt, positions, piece.block_ids, piece.recomputed, embeddings, shifted)
 
     def _positions_of(self, piece: ReusePiece) -> torch.Tensor:
         if piece.request_id not in self._positions:
             self._positions[piece.request_id] = self._stack.positions(piece.prompt)
         return self._positions[piece.request_id]
 
-    def _load_span(self, span: SpanLoad, positions: torch.Tensor, block_ids: tuple[int, ...]) -> None:
+    def _load_span(self, span: SpanLoad, positions: torch.Tensor, piece: ReusePiece) -> list[ShiftedSpan]:
+        """Load the reused tokens of a span, or return it where the pass does that."""
         assert self._pages is not None
         slab = self._session.slab
         wanted = positions[:, span.offset : span.offset + span.length]
         delta = position_delta(slab.positions(span.kv, span.length), wanted)
         entry = slab.kv(span.kv, span.length)
-        nbytes = load_runs(self._pages, self._stack.rope, entry, span.offset, delta, span.reused, block_ids)
+        whole = Run(span.offset, span.offset + span.length)
+        if piece.shifts and span.reused and any(len(run.intersect(whole)) for run in piece.recomputed):
+            return [ShiftedSpan(self._pages, self._stack.rope, span.offset, entry, delta, span.reused)]
+        nbytes = load_runs(self._pages, self._stack.rope, entry, span.offset, delta, span.reused, piece.block_ids)
         self._session.counters.add("loaded_bytes", nbytes)
+        return []
 
     def _answer(self, piece: ReusePiece) -> None:
         request_id = piece.request_id
@@ -260,6 +272,7 @@ def _sequence(
     block_ids: tuple[int, ...],
     runs: tuple[Run, ...],
     embeddings: list[tuple[int, torch.Tensor]],
+    shifted: Sequence[ShiftedSpan] = (),
 ) -> SequenceInput:
     token_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
-    return SequenceInput(token_ids, positions, block_ids, runs, embeddings)
+    return SequenceInput(token_ids, positions, block_ids, runs, embeddings, shifted)

@@ -131,6 +131,7 @@ def _piece(load: _Load, covered: Run, is_last: bool) -> ReusePiece:
         _within(load.plan.recomputed, covered),
         is_last,
         load.error,
+        load.plan.shifts,
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vlcache_connector.config import RequestOptions
+from vlcache_connector.config import Options, RequestOptions
 from vlcache_connector.engine.debug import LoadRecord
 from vlcache_connector.engine.namespace import Chain
 from vlcache_connector.engine.support import feature_reason, request_reason
@@ -73,6 +73,7 @@ class RequestState:
         recomputed = plan.num_recomputed if plan else 0
         report: dict[str, Any] = {
             "mode": str(self.options.mode),
+            "policy": self.options.policy,
             "reused_tokens": reused,
             "recomputed_tokens": recomputed,
             "prefix_cached_tokens": outcome.num_local,
@@ -114,20 +115,20 @@ class RequestState:
         return explained
 
 
-def describe(request: "Request", keys: KeySpace, default_ratio: float, trust_client_uuids: bool) -> RequestState:
+def describe(request: "Request", keys: KeySpace, engine: Options) -> RequestState:
     """Read a new request. Bad options make it a request in mode `off` that carries the error."""
     params = request.kv_transfer_params
     raw = params.get(PARAMS_KEY) if isinstance(params, dict) else None
     reports = bool(request.mm_features) or raw is not None
     try:
-        options = RequestOptions.parse(raw, default_ratio)
+        options = RequestOptions.parse(raw, engine)
     except OptionError as error:
-        off = RequestOptions(Mode.OFF, default_ratio)
+        off = RequestOptions(Mode.OFF)
         return RequestState(request, off, Reason.INVALID_OPTIONS, str(error), reports=reports)
     reason = Reason.MODE if options.mode is Mode.OFF else request_reason(request)
     state = RequestState(request, options, reason, reports=reports)
     if reason is None:
-        _find_spans(state, keys, trust_client_uuids)
+        _find_spans(state, keys, engine.trust_client_uuids)
     return state
 
 
@@ -153,6 +154,6 @@ def wants_embeddings(request: "Request") -> bool:
     params = request.kv_transfer_params
     raw = params.get(PARAMS_KEY) if isinstance(params, dict) else None
     try:
-        return RequestOptions.parse(raw, 0.0).mode is not Mode.OFF
+        return RequestOptions.parse(raw, Options()).mode is not Mode.OFF
     except OptionError:
         return False

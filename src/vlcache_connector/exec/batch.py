@@ -7,7 +7,8 @@ spread over several passes, as long as earlier positions go first.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 
@@ -16,10 +17,14 @@ from vlcache_connector.types import Run
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One virtual sequence: tokens `run` of the request number `request`."""
+    """One virtual sequence: tokens `run` of the request number `request`.
+
+    Rows of one request with the same `whole` stay in one pass where a pass can hold them.
+    """
 
     request: int
     run: Run
+    whole: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +59,30 @@ class PassLimits:
 
 
 def split_passes(rows: Iterable[Row], limits: PassLimits) -> Iterator[tuple[Row, ...]]:
-    """Rows in order, cut into passes within the limits; a long run continues in the next pass."""
+    """Rows in order, cut into passes within the limits; a long run continues in the next pass.
+
+    Rows that belong together begin a new pass where they do not fit into what is left of one. So where they are cut, if
+    they must be, depends on nothing but themselves.
+    """
     batch: list[Row] = []
     room = limits.max_tokens
-    for row in rows:
-        start = row.run.start
-        while start < row.run.end:
-            end = min(row.run.end, start + room)
-            batch.append(Row(row.request, Run(start, end)))
-            room -= end - start
-            start = end
-            if room == 0 or len(batch) == limits.max_rows:
-                yield tuple(batch)
-                batch, room = [], limits.max_tokens
+    for _, group in groupby(rows, key=lambda row: row if row.whole is None else (row.request, row.whole)):
+        together = list(group)
+        num_tokens = sum(len(row.run) for row in together)
+        is_cut = num_tokens > room or len(batch) + len(together) > limits.max_rows
+        if batch and is_cut and together[0].whole is not None:
+            yield tuple(batch)
+            batch, room = [], limits.max_tokens
+        for row in together:
+            start = row.run.start
+            while start < row.run.end:
+                end = min(row.run.end, start + room)
+                batch.append(replace(row, run=Run(start, end)))
+                room -= end - start
+                start = end
+                if room == 0 or len(batch) == limits.max_rows:
+                    yield tuple(batch)
+                    batch, room = [], limits.max_tokens
     if batch:
         yield tuple(batch)
 

@@ -4,7 +4,7 @@ Fresh KV overwrites the pages. Nothing is sampled: the engine's forward, which c
 prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -12,9 +12,12 @@ import torch
 
 from vlcache_connector.exec.batch import PassLimits, Row, VirtualBatch, build_batch, split_passes
 from vlcache_connector.exec.model import LayerStack
+from vlcache_connector.exec.shift import ShiftedSpan, SpanShift
 from vlcache_connector.types import Run
 
-AttentionContext = Callable[[VirtualBatch], AbstractContextManager[None]]
+FreshKV = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""(layer, keys [rows, heads, dim], values) -> None: called when a layer has written its KV, before attention reads."""
+AttentionContext = Callable[[VirtualBatch, FreshKV | None], AbstractContextManager[None]]
 """Makes the engine's attention layers see a virtual batch while the context is open."""
 
 
@@ -27,6 +30,22 @@ class SequenceInput:
     block_ids: Sequence[int]
     runs: Sequence[Run]  # what to compute, in order
     embeddings: Sequence[tuple[int, torch.Tensor]]  # (offset of a span, its encoder output [length, width])
+    shifted: Sequence[ShiftedSpan] = ()  # spans that are loaded on the way
+
+    def rows(self, number: int) -> Iterator[Row]:
+        """The runs, as request `number` of a pass, cut at the borders of shifted spans."""
+        for run in self.runs:
+            start = run.start
+            for i, span in enumerate(self.shifted):
+                inside = run.intersect(span.run)
+                if not len(inside):
+                    continue
+                if start < inside.start:
+                    yield Row(number, Run(start, inside.start))
+                yield Row(number, inside, whole=i)
+                start = inside.end
+            if start < run.end:
+                yield Row(number, Run(start, run.end))
 
 
 class Recompute:
@@ -42,8 +61,10 @@ class Recompute:
         self._device = device
 
     def run(self, sequences: Sequence[SequenceInput]) -> int:
-        """Compute all runs of all sequences; returns the number of passes that took."""
-        rows = [Row(i, run) for i, sequence in enumerate(sequences) for run in sequence.runs]
+        """Compute all runs of all sequences; returns the number of passes that took. What goes wrong with a shifted
+        span is left in its `error`.
+        """
+        rows = [row for i, sequence in enumerate(sequences) for row in sequence.rows(i)]
         num_passes = 0
         for part in split_passes(rows, self._limits):
             self._run_pass(part, sequences)
@@ -52,11 +73,12 @@ class Recompute:
 
     def _run_pass(self, rows: Sequence[Row], sequences: Sequence[SequenceInput]) -> None:
         batch = build_batch(rows, [s.block_ids for s in sequences], self._block_size, self._device)
+        shifts = _begin_shifts(rows, sequences)
         hidden, added = self._inputs(rows, sequences)
         positions = torch.cat([sequences[r.request].positions[:, r.run.start : r.run.end] for r in rows], dim=1)
         positions = positions.to(self._device)
         residual: torch.Tensor | None = None
-        with self._context(batch):
+        with self._context(batch, _each(shifts) if shifts else None):
             for layer in range(self._stack.num_layers):
                 hidden, residual = self._stack.run_layer(layer, positions, hidden, residual)
                 if layer < len(added):
@@ -85,3 +107,39 @@ class Recompute:
                     target[where] = piece.to(hidden.dtype)
             start += len(row.run)
         return hidden, added
+
+
+def _begin_shifts(rows: Sequence[Row], sequences: Sequence[SequenceInput]) -> list[tuple[ShiftedSpan, SpanShift]]:
+    """Shifted spans whose first samples are in this pass."""
+    samples: dict[tuple[int, int], list[tuple[int, Run]]] = {}
+    first = 0
+    for row in rows:
+        if row.whole is not None:
+            samples.setdefault((row.request, row.whole), []).append((first, row.run))
+        first += len(row.run)
+    begun = []
+    for (request, number), found in samples.items():
+        sequence = sequences[request]
+        span = sequence.shifted[number]
+        if span.is_begun:
+            continue
+        span.is_begun = True
+        try:
+            begun.append((span, SpanShift(span, sequence.positions, sequence.block_ids, found)))
+        except Exception as error:
+            span.error = error
+    return begun
+
+
+def _each(shifts: Sequence[tuple[ShiftedSpan, SpanShift]]) -> FreshKV:
+    """All shifts of a pass. An error ends one of them, not the pass: other ranks are in it, too."""
+
+    def apply(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for span, shift in shifts:
+            if span.error is None:
+                try:
+                    shift.apply(layer, keys, values)
+                except Exception as error:
+                    span.error = error
+
+    return apply

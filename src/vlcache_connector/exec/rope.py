@@ -4,7 +4,7 @@ One delta turns all positions of a span, also under M-RoPE: when every channel o
 amount, the angle of each frequency changes by `delta * inv_freq`, whichever channel that frequency belongs to.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,10 +16,12 @@ class Rope:
     """The pure rotation of a model's rotary embedding (no attention factor: stored keys carry that already).
 
     `inv_freq` has shape [rotary_dim / 2], fp32. `is_neox`: pairs are (i, i + rotary_dim / 2), else (2i, 2i + 1).
+    `channels` [rotary_dim / 2] int64: which channel of a position turns each pair; all the first one by default.
     """
 
     inv_freq: torch.Tensor
     is_neox: bool
+    channels: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
 
     @property
     def rotary_dim(self) -> int:
@@ -30,6 +32,22 @@ class Rope:
         # Angles in fp64: delta * inv_freq can be many turns, and fp32 would lose the fraction that matters.
         angle = self.inv_freq.double().cpu() * delta
         return torch.stack((angle.cos(), angle.sin())).float().to(device)
+
+    def places(self, positions: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Cosines and sines [tokens, 2, rotary_dim / 2], fp32, of keys at `positions` [channels, tokens]."""
+        channels = self.channels.expand(self.inv_freq.numel())
+        angle = positions.cpu()[channels].T.double() * self.inv_freq.double().cpu()
+        return torch.stack((angle.cos(), angle.sin()), dim=1).float().to(device)
+
+    def turned_back(self, keys: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Keys [tokens, heads, dim] at `places` as they were before the layer turned them, in fp32."""
+        cos, sin = places[:, None, 0], places[:, None, 1]
+        rows = keys.float()
+        rotary, rest = rows[..., : self.rotary_dim], rows[..., self.rotary_dim :]
+        x, y = rotary.chunk(2, dim=-1) if self.is_neox else (rotary[..., 0::2], rotary[..., 1::2])
+        a, b = x * cos + y * sin, y * cos - x * sin
+        back = torch.cat((a, b), dim=-1) if self.is_neox else torch.stack((a, b), dim=-1).flatten(-2)
+        return torch.cat((back, rest), dim=-1)
 
 
 def position_delta(stored: torch.Tensor, wanted: torch.Tensor) -> int:

@@ -11,12 +11,14 @@ from typing import NamedTuple, Self
 import torch
 
 from vlcache_connector.kernels import library, ref
+from vlcache_connector.kernels.ref_shift import shift_rows as _shift_rows
 
 _SCHEMAS = (
     "load_rows(Tensor entry, Tensor(a!)[] caches, Tensor slots, Tensor? turns, bool is_neox, Tensor? scales,"
     " int block_size, int[] layout, Tensor? order) -> ()",
     "save_rows(Tensor(a!) entry, Tensor[] caches, Tensor slots, Tensor? scales,"
     " int block_size, int[] layout, Tensor? order) -> ()",
+    "shift_rows(Tensor(a!) out, Tensor entry, Tensor shift, Tensor places, Tensor? turns, bool is_neox) -> ()",
     "sparse_query_attention(Tensor(a!) out, Tensor query, Tensor cache, Tensor block_table, Tensor request,"
     " Tensor position, Tensor? scales, int block_size, int[] layout, Tensor? order,"
     " float softmax_scale, int window, float soft_cap) -> ()",
@@ -103,6 +105,38 @@ def save_rows(
     torch.ops.vlcache.save_rows(entry, list(caches), slots, scales, layout.block_size, layout.numbers, layout.order)
 
 
+def shift_rows(
+    entry: torch.Tensor,
+    shift: torch.Tensor,
+    places: torch.Tensor,
+    *,
+    turns: torch.Tensor | None = None,
+    is_neox: bool = True,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Staged keys and values of one layer, turned and with a change added that is the same for all tokens.
+
+    A key changes as it was before rotary positions turned it: K' = R(turns) K + R(place) shift. Everything is added in
+    fp32 and rounded once.
+
+    Args:
+        entry: [2, tokens, heads, dim], last dimension contiguous.
+        shift: [2, heads, dim] fp32, of keys before rotation and of values.
+        places: [tokens, 2, rotary_dim / 2] fp32, cosines and sines of the angles of each token's new position.
+        turns, is_neox: as in `load_rows`.
+        out: where to write, may be `entry`; a new tensor by default.
+
+    Returns:
+        [2, tokens, heads, dim] in the type of `entry`, to be loaded without turning it again.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, type or device; the message names it. Nothing was written.
+    """
+    result = torch.empty(entry.shape, dtype=entry.dtype, device=entry.device) if out is None else out
+    torch.ops.vlcache.shift_rows(result, entry, shift, places, turns, is_neox)
+    return result
+
+
 def sparse_query_attention(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -163,3 +197,4 @@ for _device in ("CPU", "CUDA"):
     if _device not in _native:
         for _twin in (ref.load_rows, ref.save_rows, ref.sparse_query_attention):
             _definitions.impl(_twin.__name__, _twin, _device)
+    _definitions.impl("shift_rows", _shift_rows, _device)

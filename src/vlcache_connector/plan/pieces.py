@@ -1,7 +1,8 @@
 """Cuts a plan into pieces, one per engine step, so that requests that are decoding keep going meanwhile.
 
 A piece is a range of positions. Pieces follow each other from the start of the plan to its end: what a recomputed token
-sees was loaded or computed by then.
+sees was loaded or computed by then. In plans that shift, no cut goes through a span: how far its tokens move must not
+depend on how busy the engine was.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ It only keeps the loads of one step in proportion; no result depends on it."""
 def next_piece(plan: ReusePlan, start: int, budget: float) -> tuple[Run, float]:
     """The piece from position `start` on whose cost stays within `budget`, and what it costs.
 
-    Costs count recomputed tokens. A piece has at least one token, so every plan ends.
+    Costs count recomputed tokens. A piece has at least one token, or one span that must stay whole, so every plan ends.
     """
     position, left = start, budget
     for run, cost in _priced_runs(plan):
@@ -28,7 +29,19 @@ def next_piece(plan: ReusePlan, start: int, budget: float) -> tuple[Run, float]:
         left -= taken * cost
         if taken < wanted:
             break
+    if plan.shifts:
+        return _with_whole_spans(plan, Run(start, position))
     return Run(start, position), budget - left
+
+
+def _with_whole_spans(plan: ReusePlan, piece: Run) -> tuple[Run, float]:
+    """The piece without the span that its end cuts, or with all of it where nothing else is left; and its cost."""
+    for part in plan.spans:
+        if part.span.offset < piece.end < part.span.end:
+            end = part.span.offset if piece.start < part.span.offset else min(part.span.end, plan.end)
+            piece = Run(piece.start, end)
+            break
+    return piece, sum(len(run.intersect(piece)) * cost for run, cost in _priced_runs(plan))
 
 
 def _priced_runs(plan: ReusePlan) -> Iterator[tuple[Run, float]]:

@@ -25,7 +25,7 @@ def plan_reuse(
         available: for each span, whether its KV and its embedding are at hand.
         num_tokens: tokens of the request; the engine must compute at least the last one.
         num_local: tokens that the engine's own prefix cache already covers. They are left alone.
-        policy, ratio: which tokens of a span are recomputed; `leading` tokens count from the start of the span.
+        policy, ratio: which tokens of a span are recomputed; offsets count from the start of the span.
         min_reuse_tokens: fewer covered span tokens than this are not worth touching the request.
 
     Returns:
@@ -48,7 +48,7 @@ def plan_reuse(
     if covered < min_reuse_tokens:
         return Reason.TOO_FEW_TOKENS
     end = min(parts[-1].span.end, limit.end)
-    return ReusePlan(num_local, end, tuple(parts), _complement(parts, Run(num_local, end)))
+    return ReusePlan(num_local, end, tuple(parts), _complement(parts, Run(num_local, end)), policy.shifts)
 
 
 def _plan_span(span: Span, limit: Run, policy: Policy, ratio: float) -> SpanPlan:

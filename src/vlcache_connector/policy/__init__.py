@@ -7,7 +7,8 @@ from vlcache_connector.policy.base import Policy
 from vlcache_connector.policy.full import Full
 from vlcache_connector.policy.leading import Leading
 from vlcache_connector.policy.none import NoRecompute
+from vlcache_connector.policy.shifted import Shifted
 
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Full(), Leading(), NoRecompute())}
+POLICIES: dict[str, Policy] = {policy.name: policy for policy in (Full(), Leading(), NoRecompute(), Shifted())}
 
 __all__ = ["POLICIES", "Policy"]

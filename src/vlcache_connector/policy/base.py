@@ -6,11 +6,16 @@ from vlcache_connector.types import Run
 
 
 class Policy(Protocol):
-    """Chooses the tokens of one span that are recomputed."""
+    """Chooses the tokens of one span that are recomputed, and what becomes of the others."""
 
     @property
     def name(self) -> str:
         """Value of the option `policy`; part of the namespace of approximate KV."""
+        ...
+
+    @property
+    def shifts(self) -> bool:
+        """Whether reused tokens move by the mean change that recomputation made to the chosen ones (`exec.shift`)."""
         ...
 
     def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:

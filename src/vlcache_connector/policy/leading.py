@@ -10,6 +10,7 @@ from vlcache_connector.types import Run
 
 class Leading:
     name = "leading"
+    shifts = False
 
     def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:
         # Rounded up; the epsilon keeps 0.07 * 100 at 7, and must not take the last token of a very small ratio.

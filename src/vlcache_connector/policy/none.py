@@ -5,6 +5,7 @@ from vlcache_connector.types import Run
 
 class NoRecompute:
     name = "none"
+    shifts = False
 
     def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:
         return ()

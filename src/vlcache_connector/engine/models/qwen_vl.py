@@ -65,7 +65,18 @@ def _rope_of(rotary: Any) -> Rope:
         raise UnsupportedModelError(f"rotary embedding {type(rotary).__name__} was not verified for re-positioning")
     inv_freq = rotary._compute_inv_freq(rotary.base).float().cpu()
     _check_against_table(inv_freq, rotary)
-    return Rope(inv_freq, rotary.is_neox_style)
+    return Rope(inv_freq, rotary.is_neox_style, _channels_of(rotary))
+
+
+def _channels_of(rotary: Any) -> torch.Tensor:
+    """The position channel (time, height, width) that turns each pair of dimensions: int64 [rotary_dim / 2]."""
+    sections = rotary.mrope_section
+    if not rotary.mrope_interleaved:
+        return torch.arange(3).repeat_interleave(torch.tensor(sections))
+    channels = torch.zeros(sum(sections), dtype=torch.int64)
+    for channel in (1, 2):
+        channels[channel : 3 * sections[channel] : 3] = channel
+    return channels
 
 
 def _check_against_table(inv_freq: torch.Tensor, rotary: Any) -> None:

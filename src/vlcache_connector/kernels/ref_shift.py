@@ -1,0 +1,55 @@
+"""Plain-PyTorch twin of `ops.shift_rows`."""
+
+import torch
+
+from vlcache_connector.kernels import ref_pages as pages
+
+
+def shift_rows(
+    out: torch.Tensor,
+    entry: torch.Tensor,
+    shift: torch.Tensor,
+    places: torch.Tensor,
+    turns: torch.Tensor | None,
+    is_neox: bool,
+) -> None:
+    """See `ops.shift_rows`."""
+    _require(out, entry, shift, places, turns)
+    keys, values = entry[0].float(), entry[1].float() + shift[1]
+    half = places.shape[2]
+    moved, cos, sin = shift[0].expand_as(keys), places[:, None, 0], places[:, None, 1]
+    turned = _rotated(moved, cos, sin, half, is_neox)
+    if turns is not None:
+        keys = _rotated(keys, turns[0], turns[1], half, is_neox)
+    out[0] = pages.rounded(keys + turned, out.dtype)
+    out[1] = pages.rounded(values, out.dtype)
+
+
+def _rotated(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int, is_neox: bool) -> torch.Tensor:
+    rotary, rest = rows[..., : 2 * half], rows[..., 2 * half :]
+    x, y = rotary.chunk(2, dim=-1) if is_neox else (rotary[..., 0::2], rotary[..., 1::2])
+    a, b = x * cos - y * sin, y * cos + x * sin
+    both = torch.cat((a, b), dim=-1) if is_neox else torch.stack((a, b), dim=-1).flatten(-2)
+    return torch.cat((both, rest), dim=-1)
+
+
+def _require(
+    out: torch.Tensor, entry: torch.Tensor, shift: torch.Tensor, places: torch.Tensor, turns: torch.Tensor | None
+) -> None:
+    """Raises `RuntimeError` naming the argument that is wrong."""
+    pages.require_float("entry", entry)
+    pages.require_shape("entry", entry, [2, -1, -1, -1])
+    _, tokens, heads, dim = entry.shape
+    pages.require_shape("out", out, list(entry.shape))
+    same = out.dtype == entry.dtype
+    pages.require(same, f"out: expected {pages.type_name(entry.dtype)}, found {pages.type_name(out.dtype)}")
+    pages.require_device("out", out, entry)
+    for name, tensor, shape in (("shift", shift, [2, heads, dim]), ("places", places, [tokens, 2, -1])):
+        is_fp32 = tensor.dtype == torch.float32
+        pages.require(is_fp32, f"{name}: expected float32, found {pages.type_name(tensor.dtype)}")
+        pages.require_shape(name, tensor, shape)
+        pages.require_device(name, tensor, entry)
+    most = dim // 2
+    pages.require(places.shape[2] <= most, f"places: expected at most {most} angles, found {places.shape[2]}")
+    if turns is not None:
+        pages.require_vector("turns", turns, torch.float32, [2, places.shape[2]], entry)
