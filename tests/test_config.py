@@ -72,7 +72,7 @@ def test_the_tables_of_this_file_know_every_option() -> None:
 
 def test_an_empty_configuration_gives_the_documented_defaults() -> None:
     assert asdict(Options.parse({})) == {
-        "policy": "leading",
+        "policy": "shifted",
         "recompute_ratio": 0.05,
         "host_gib": 4.0,
         "disk_path": None,

@@ -12,7 +12,7 @@ from vlcache_connector.types import KINDS, MODALITIES, Mode
 
 ATTENTION = ("engine", "vlcache", "xformers")
 EVICTION = ("lru", "cost")
-DEFAULT_POLICY, DEFAULT_RATIO = "leading", 0.05
+DEFAULT_POLICY, DEFAULT_RATIO = "shifted", 0.05
 CLASSES = (*KINDS, *MODALITIES, "tenant")
 """Classes of entries that limits are for; besides these, "tenant:NAME" is the tenant with this cache_salt."""
 

@@ -49,7 +49,8 @@ class Ask:
     max_tokens: int = 1
     salt: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
-    params: dict[str, Any] | None = None  # in place of mode and ratio
+    params: dict[str, Any] | None = None  # in place of mode, ratio and policy
+    policy: str | None = None
 
     def with_mode(self, mode: str, ratio: float | None = None) -> "Ask":
         return Ask(self.parts, mode, ratio, self.max_tokens, self.salt, self.sampling)
@@ -180,7 +181,8 @@ def request_of(ask: Ask) -> tuple[dict[str, Any], Any]:
         prompt["cache_salt"] = ask.salt
     params = ask.params
     if params is None:
-        params = {"mode": ask.mode} | ({} if ask.ratio is None else {"recompute_ratio": ask.ratio})
+        chosen = {"recompute_ratio": ask.ratio, "policy": ask.policy}
+        params = {"mode": ask.mode} | {name: value for name, value in chosen.items() if value is not None}
     sampling = {"max_tokens": ask.max_tokens, "temperature": 0.0, "logprobs": 20, "ignore_eos": True} | ask.sampling
     return prompt, SamplingParams(extra_args={"kv_transfer_params": {"vlcache": params}}, **sampling)
 

@@ -37,7 +37,7 @@ def test_pages_hold_rotated_rows_where_reused_and_dense_rows_elsewhere(
 ) -> None:
     show_pictures(fresh)
     fresh.call(inside.watch_jobs)
-    fresh.ask_one(Ask(SCENES[scene], ratio=ratio))
+    fresh.ask_one(Ask(SCENES[scene], ratio=ratio, policy="leading"))
     job = fresh.call(inside.last_job)
     pages, positions = job["pages"], job["positions"]
 
@@ -73,7 +73,7 @@ def test_only_chosen_rows_change_with_the_ratio(fresh: Engine) -> None:
     jobs = []
     for ratio in (0.0, 0.3):
         fresh.forget()
-        fresh.ask_one(Ask(SCENES["under longer text"], ratio=ratio))
+        fresh.ask_one(Ask(SCENES["under longer text"], ratio=ratio, policy="leading"))
         jobs.append(fresh.call(inside.last_job))
     (span,) = jobs[1]["spans"]
     (run,) = span["reused"]
@@ -81,3 +81,55 @@ def test_only_chosen_rows_change_with_the_ratio(fresh: Engine) -> None:
     assert torch.equal(jobs[0]["pages"][:, :, both], jobs[1]["pages"][:, :, both])
     chosen = slice(span["offset"], run.start)
     assert not torch.equal(jobs[0]["pages"][1:, :, chosen], jobs[1]["pages"][1:, :, chosen])
+
+
+def mean_change(changes: list[torch.Tensor]) -> torch.Tensor:
+    """The vector [heads, dim] by which others move, given the changes [tokens, heads, dim] of each run of samples."""
+    means = [change.double().mean(0) for change in changes]
+    moved = torch.zeros_like(means[0])
+    for head in range(len(moved)):
+        mean = sum(m[head] for m in means) / len(means)
+        spread = sum((m[head] - mean).square().sum() for m in means) / (len(means) - 1) / len(means)
+        moved[head] = mean * max(0.0, 1 - float(spread / mean.square().sum()))
+    return moved.float()
+
+
+@pytest.mark.parametrize("scene", ["under longer text", "two in the other order", "three", "the same twice"])
+def test_shifted_rows_move_by_what_the_samples_of_their_span_changed(
+    fresh: Engine, dense: DenseModel, scene: str
+) -> None:
+    show_pictures(fresh)
+    fresh.call(inside.watch_jobs)
+    fresh.ask_one(Ask(SCENES[scene], ratio=0.2, policy="shifted"))
+    job = fresh.call(inside.last_job)
+    pages, positions = job["pages"], job["positions"]
+    is_reused = torch.zeros(pages.shape[2], dtype=torch.bool)
+    num_moved = 0
+    for span in job["spans"]:
+        offset, stored = span["offset"], span["stored_positions"]
+        end = offset + span["entry"].shape[2]
+        samples = [range(max(r.start, offset), min(r.end, end)) for r in job["recomputed"]]
+        samples = [run for run in samples if len(run)]
+        assert len(samples) == 8
+        places = [dense.rotary(positions[:, list(run)]) for run in samples]
+        old_places = [dense.rotary(stored[:, [t - offset for t in run]]) for run in samples]
+        for layer, entry in enumerate(span["entry"]):
+            changes: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+            for run, (cos, sin), (old_cos, old_sin) in zip(samples, places, old_places, strict=True):
+                here, there = list(run), [t - offset for t in run]
+                now = dense.rotate(pages[layer, 0, here], cos, -sin)
+                changes[0].append(now - dense.rotate(entry[0, there], old_cos, -old_sin))
+                changes[1].append(pages[layer, 1, here] - entry[1, there])
+            keys, values = map(mean_change, changes)
+            num_moved += int(keys.abs().max() > 0.01 * entry[0].abs().max())
+            for run in span["reused"]:
+                is_reused[run.start : run.end] = True
+                rows, old = slice(run.start, run.end), slice(run.start - offset, run.end - offset)
+                turned = dense.rotate(entry[0, old], *dense.rotary(positions[:, rows] - stored[:, old]))
+                moved = dense.rotate(keys.expand_as(turned), *dense.rotary(positions[:, rows]))
+                assert relative_error(pages[layer, 0, rows], turned + moved) < TOLERANCE
+                assert relative_error(pages[layer, 1, rows], entry[1, old] + values) < TOLERANCE
+    assert num_moved > 0, "the scene must change what the pictures' keys are"
+    embeddings = [(span["offset"], span["embedding"]) for span in job["spans"]]
+    expected = dense.recompute(job["token_ids"], positions, ~is_reused, pages, embeddings)
+    assert relative_error(pages, expected) < TOLERANCE, "samples see the moved rows in every layer"

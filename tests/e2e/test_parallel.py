@@ -9,6 +9,7 @@ from e2e.test_reuse import CLOSE, LONG, OPEN, RESOLUTION, SCENES, A, B, noise_of
 
 PROMPT = [OPEN, LONG, B, A, "what is it?", CLOSE]
 KV_WORKER = "vlcache_connector.engine.kv_worker"
+RECOMPUTE, SHIFT = "vlcache_connector.exec.recompute", "vlcache_connector.exec.shift"
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +41,26 @@ def test_both_ranks_reuse_and_full_recompute_equals_plain(fresh_pair: Engine) ->
     fresh_pair.call(inside.check_store)
 
 
-@pytest.mark.parametrize("fault", ["load_runs", "position_delta"])
+@pytest.mark.parametrize(
+    ("module", "fault"),
+    [(KV_WORKER, "load_runs"), (KV_WORKER, "position_delta"), (RECOMPUTE, "SpanShift"), (SHIFT, "shift_rows")],
+)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_load_that_fails_on_one_rank_is_computed_on_both(fresh_pair: Engine, fault: str, rank: int) -> None:
+def test_a_load_that_fails_on_one_rank_is_computed_on_both(
+    fresh_pair: Engine, module: str, fault: str, rank: int
+) -> None:
+    policy = "leading" if fault == "load_runs" else "shifted"
     limit = 2 * noise_of(fresh_pair) + RESOLUTION
     show_pictures(fresh_pair)
     fresh_pair.forget()
     expected = fresh_pair.ask_one(Ask(PROMPT, "off"))
     fresh_pair.forget()
-    fresh_pair.call(inside.plant_on_rank, rank, KV_WORKER, fault)
-    answer = fresh_pair.ask_one(Ask(PROMPT, ratio=0.05))
+    fresh_pair.call(inside.plant_on_rank, rank, module, fault)
+    answer = fresh_pair.ask_one(Ask(PROMPT, ratio=0.05, policy=policy))
     assert answer.report["reason"] == "load_failed" and answer.gap(expected) <= limit
     fresh_pair.forget()
-    assert fresh_pair.ask_one(Ask(PROMPT, ratio=0.05)).report["reused_tokens"] > 0, "the next one reuses again"
+    again = fresh_pair.ask_one(Ask(PROMPT, ratio=0.05, policy=policy))
+    assert again.report["reused_tokens"] > 0, "the next one reuses again"
     fresh_pair.call(inside.check_store)
 
 

@@ -52,6 +52,20 @@ def test_rows_are_kept_whole_where_they_fit() -> None:
     ]
 
 
+@pytest.mark.parametrize("limits", [PassLimits(16, 100), PassLimits(1000, 5), PassLimits(20, 6)])
+def test_rows_that_belong_together_are_cut_by_nothing_but_themselves(limits: PassLimits) -> None:
+    """Where such rows are cut, if at all, is the same whatever stands before them."""
+    rng = random.Random(limits.max_tokens)
+    for _ in range(200):
+        edges = sorted(rng.sample(range(60), 2 * rng.randrange(1, 8)))
+        whole = [Row(1, Run(*pair), whole=0) for pair in zip(edges[::2], edges[1::2], strict=True)]
+        others = random_rows(rng, num_requests=1)
+        alone = list(split_passes(whole, limits))
+        found = [[row for row in part if row.whole is not None] for part in split_passes([*others, *whole], limits)]
+        assert [tuple(part) for part in found if part] == alone
+        assert all(len(tokens_of(part)) <= limits.max_tokens and len(part) <= limits.max_rows for part in alone)
+
+
 def test_nothing_to_do_is_no_pass() -> None:
     assert list(split_passes([], PassLimits(8, 8))) == []
     assert list(split_passes([Row(0, Run(5, 5))], PassLimits(8, 8))) == []

@@ -10,17 +10,17 @@ from vlcache_connector.policy import POLICIES
 from vlcache_connector.types import ReusePlan, Run, Span
 
 
-def random_plan(rng: random.Random) -> ReusePlan:
+def random_plan(rng: random.Random, *names: str) -> ReusePlan:
     spans: list[Span] = []
     end = 0
     for number in range(rng.randint(1, 5)):
         offset, length = end + rng.choice([0, 1, rng.randint(2, 300)]), rng.randint(1, 200)
         spans.append(Span(offset, length, bytes([number]), bytes([number])))
         end = offset + length
-    policy = POLICIES[rng.choice(["leading", "full", "none"])]
+    policy = POLICIES[rng.choice(names or ["leading", "full", "none"])]
     num_local = rng.choice([0, 0, rng.randint(0, end - 1)])
     plan = plan_reuse(spans, [True] * len(spans), end + rng.randint(0, 9), num_local, policy, rng.random(), 0)
-    return plan if isinstance(plan, ReusePlan) else random_plan(rng)
+    return plan if isinstance(plan, ReusePlan) else random_plan(rng, *names)
 
 
 def positions(runs: list[Run]) -> list[int]:
@@ -55,3 +55,21 @@ def test_a_budget_for_everything_gives_one_piece() -> None:
         plan = random_plan(random.Random(seed))
         piece, _ = next_piece(plan, plan.start, float("inf"))
         assert piece == Run(plan.start, plan.end)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_no_piece_of_a_plan_that_shifts_ends_within_a_span(seed: int) -> None:
+    rng = random.Random(seed)
+    plan = random_plan(rng, "shifted")
+    start = plan.start
+    while start < plan.end:
+        budget = rng.choice([0.5, 1.0, 7.3, 64.0, 1000.0])
+        piece, cost = next_piece(plan, start, budget)
+        assert piece.start == start and piece.end > start, "every piece takes the plan further"
+        assert cost == pytest.approx(cost_by_a_loop(plan, piece))
+        for part in plan.spans:
+            assert not part.span.offset < piece.end < min(part.span.end, plan.end)
+        holds_one_span = any(Run(piece.start, piece.end).intersect(part.span.run) for part in plan.spans)
+        assert cost <= budget or len(piece) == 1 or holds_one_span
+        start = piece.end
+    assert start == plan.end
