@@ -39,6 +39,7 @@ class Ask:
     ratio: float = 0.05
     salt: str | None = None
     max_tokens: int = 2
+    policy: str = "leading"
 
 
 def text(seed: object, num_tokens: int) -> list[int]:
@@ -49,7 +50,9 @@ def text(seed: object, num_tokens: int) -> list[int]:
 
 def request_of(ask: Ask, truth: Truth, hasher: Callable[[Any], Any]) -> Request:
     sampling = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True)
-    sampling.extra_args = {"kv_transfer_params": {"vlcache": {"mode": ask.mode, "recompute_ratio": ask.ratio}}}
+    sampling.extra_args = {
+        "kv_transfer_params": {"vlcache": {"mode": ask.mode, "recompute_ratio": ask.ratio, "policy": ask.policy}}
+    }
     return Request(
         truth.request_id,
         list(truth.token_ids[: truth.num_prompt]),

@@ -55,6 +55,7 @@ class FakeWorker:
     encoded: list[str] = field(default_factory=list)  # images that the encoder worked on
     _live: dict[str, _Live] = field(default_factory=dict)
     _errors: dict[str, str] = field(default_factory=dict)
+    _shifted: set[tuple[int, int]] = field(default_factory=set)  # (job, offset of a span)
 
     def execute(self, output: Any, fresh_blocks: Iterable[int]) -> ModelRunnerOutput:
         """One step, in the order of vLLM's V1 model runner. What is in freshly allocated blocks is lost."""
@@ -159,6 +160,9 @@ class FakeWorker:
         if self.is_struck("piece", self.rank, piece.request_id):
             self._errors.setdefault(piece.request_id, "the piece was lost")
         for span in piece.spans:
+            if piece.shifts and span.reused:
+                assert (piece.job_id, span.offset) not in self._shifted, "the tokens of a span move in one piece"
+                self._shifted.add((piece.job_id, span.offset))
             image = Run(span.offset, span.offset + span.length)
             wanted = Entry("kv", truth.image(image), truth.tenant, span.length, self.weights)
             self._check_entry(span.kv, wanted)

@@ -35,7 +35,8 @@ def random_ask(rng: random.Random) -> Ask:
         parts += [rng.choice(IMAGES), *text(rng.randrange(3), rng.choice([0, 1, 2, 7]))]
     parts += text(rng.randrange(3), rng.choice([1, 4, 11]))
     mode, ratio = rng.choice(["reuse", "reuse", "reuse", "exact", "off"]), rng.choice([0.0, 0.05, 0.5, 1.0])
-    return Ask(parts, mode, ratio, rng.choice([None, None, "a tenant"]), rng.choice([1, 2, 6, 15]))
+    salt, policy = rng.choice([None, None, "a tenant"]), rng.choice(["leading", "shifted"])
+    return Ask(parts, mode, ratio, salt, rng.choice([1, 2, 6, 15]), policy)
 
 
 def live(engine: FakeEngine) -> list[str]:

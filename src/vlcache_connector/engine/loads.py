@@ -85,7 +85,8 @@ class LoadQueue:
         """Pieces for the step that is being scheduled.
 
         Together with the engine's own tokens they stay within what the engine batches at most; when that is used up,
-        loads go on with an eighth of it, so that a busy engine does not starve them.
+        loads go on with an eighth of it, so that a busy engine does not starve them. Only the first piece may be
+        larger, when it is a span that must stay whole.
         """
         budget: float = max(self._max_step_tokens - num_scheduled_tokens, self._max_step_tokens // 8, 1)
         pieces: list[ReusePiece] = []
@@ -95,6 +96,8 @@ class LoadQueue:
             covered, cost = Run(load.position, load.position), 0.0
             if load.error is None:
                 covered, cost = next_piece(load.plan, load.position, budget)
+                if cost > budget and any(piece.error is None for piece in pieces):
+                    continue  # a span that must stay whole: it comes first in a later step
             budget -= cost
             load.position = covered.end
             load.record.num_pieces += 1

@@ -1,8 +1,8 @@
 """Cuts a plan into pieces, one per engine step, so that requests that are decoding keep going meanwhile.
 
 A piece is a range of positions. Pieces follow each other from the start of the plan to its end: what a recomputed token
-sees was loaded or computed by then. In plans that shift, no cut goes through a span: how far its tokens move must not
-depend on how busy the engine was.
+sees was loaded or computed by then. In plans that shift, no cut goes through a span with reused tokens: how far they
+move must not depend on how busy the engine was.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def next_piece(plan: ReusePlan, start: int, budget: float) -> tuple[Run, float]:
 def _with_whole_spans(plan: ReusePlan, piece: Run) -> tuple[Run, float]:
     """The piece without the span that its end cuts, or with all of it where nothing else is left; and its cost."""
     for part in plan.spans:
-        if part.span.offset < piece.end < part.span.end:
+        if part.reused and part.span.offset < piece.end < part.span.end:
             end = part.span.offset if piece.start < part.span.offset else min(part.span.end, plan.end)
             piece = Run(piece.start, end)
             break
