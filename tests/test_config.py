@@ -23,6 +23,7 @@ OPTIONS: dict[str, tuple[list[Any], list[Any], str]] = {
         [-0.01, 1.01, -1, 2, NAN, INF, -INF, True, False, "0.05", None, [0.1]],
         "from 0 to 1",
     ),
+    "recompute_tokens": ([None, 1, 64, 10**6], [0, -1, 64.0, NAN, INF, True, "64", [1]], "from 1"),
     "host_gib": (
         [1, 0.25, 512],
         [0, 0.0, -1, -0.5, NAN, INF, -INF, True, False, "4", None, [4]],
@@ -74,6 +75,7 @@ def test_an_empty_configuration_gives_the_documented_defaults() -> None:
     assert asdict(Options.parse({})) == {
         "policy": "shifted",
         "recompute_ratio": 0.05,
+        "recompute_tokens": None,
         "host_gib": 4.0,
         "disk_path": None,
         "disk_gib": 64.0,

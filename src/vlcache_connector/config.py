@@ -25,6 +25,8 @@ class Options:
     """Which tokens of a reused span are recomputed: one of `POLICIES`."""
     recompute_ratio: float = DEFAULT_RATIO
     """Share of a span's tokens to recompute, in [0, 1]; at least one token is recomputed when it is above 0."""
+    recompute_tokens: int | None = None
+    """Most tokens of one span to recompute, whatever the ratio; None: no limit. The policy `full` knows none either."""
     host_gib: float = 4.0
     """GiB of host memory for entries, in each worker process."""
     disk_path: str | None = None
@@ -58,13 +60,14 @@ class Options:
     def __post_init__(self) -> None:
         _check("policy", self.policy, _is_policy, f"one of {sorted(POLICIES)}")
         _check("recompute_ratio", self.recompute_ratio, _is_ratio, "a number from 0 to 1")
+        _check("recompute_tokens", self.recompute_tokens, lambda v: v is None or _is_count(v), "a whole number from 1")
         _check("host_gib", self.host_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
         _check("disk_path", self.disk_path, _is_path, "a folder")
         _check("disk_gib", self.disk_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
         _check("snapshot_path", self.snapshot_path, _is_path, "a folder")
         _check("snapshot_interval_s", self.snapshot_interval_s, lambda v: v is None or _is_time(v), "seconds above 0")
         _check("snapshot_mib_s", self.snapshot_mib_s, _is_time, "a number above 0 (MiB per second)")
-        _check("min_reuse_tokens", self.min_reuse_tokens, lambda v: type(v) is int and v >= 1, "a whole number from 1")
+        _check("min_reuse_tokens", self.min_reuse_tokens, _is_count, "a whole number from 1")
         _check("attention", self.attention, lambda v: v in ATTENTION, f"one of {list(ATTENTION)}")
         _check("trust_client_uuids", self.trust_client_uuids, lambda v: isinstance(v, bool), "true or false")
         _check("eviction", self.eviction, lambda v: v in EVICTION, f"one of {list(EVICTION)}")
@@ -136,6 +139,10 @@ def _is_policy(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _is_ratio(value: Any) -> bool:

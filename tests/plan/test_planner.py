@@ -313,6 +313,15 @@ def test_a_full_recompute_reuses_nothing_and_still_covers_the_spans() -> None:
     assert (plan.num_reused, plan.first_reused) == (0, None)
 
 
+@pytest.mark.parametrize("limit", [1, 8, 9, 40, 99, 100, 1000])
+def test_a_limit_in_tokens_bounds_each_span_by_itself(limit: int) -> None:
+    spans = [span(5, 100, "a"), span(110, 30, "b")]
+    plan = plan_reuse(spans, [True, True], 200, 0, LEADING, 0.5, 1, limit)
+    assert isinstance(plan, ReusePlan)
+    recomputed = [sum(map(len, part.recomputed)) for part in plan.spans]
+    assert recomputed == [min(50, limit), min(15, limit)]
+
+
 def test_the_smallest_number_of_covered_span_tokens_counts_no_text_and_no_local_tokens() -> None:
     spans = [span(50, 10), span(70, 10)]
     for num_local, covered in [(0, 20), (55, 15), (60, 10), (75, 5)]:

@@ -222,6 +222,7 @@ class VLCacheScheduler:
             POLICIES[state.options.policy],
             state.options.recompute_ratio,
             self._options.min_reuse_tokens,
+            self._options.recompute_tokens,
         )
         if isinstance(plan, ReusePlan):
             state.estimate = estimate(plan, self._session.prices)

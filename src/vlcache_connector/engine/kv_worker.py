@@ -26,7 +26,7 @@ from vlcache_connector.engine.metadata import (
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import WorkerSession
 from vlcache_connector.exec.batch import PassLimits
-from vlcache_connector.exec.model import LayerStack, Prompt
+from vlcache_connector.exec.model import LayerStack
 from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.exec.recompute import Recompute, SequenceInput
 from vlcache_connector.exec.rope import position_delta
@@ -126,7 +126,8 @@ class VLCacheWorker:
         """
         self._watches["load"].start()
         sequences = [self._load(piece) for piece in pieces]
-        self._watches["load"].stop(sum(len(run) for piece in pieces for span in piece.spans for run in span.reused))
+        loaded = [span for piece in pieces for span in piece.spans if not _shifts(piece, span)]
+        self._watches["load"].stop(sum(len(run) for span in loaded for run in span.reused))
         try:
             self._watches["recompute"].start()
             self._run_passes(sequences)
@@ -136,8 +137,10 @@ class VLCacheWorker:
             for piece in pieces:
                 self._errors.setdefault(piece.request_id, f"recompute pass: {error}")
         for piece, sequence in zip(pieces, sequences, strict=True):
-            for span in sequence.shifted:
-                if span.error is not None:
+            for span in sequence.shifted.values():
+                if span.error is None:
+                    self._session.counters.add("loaded_bytes", span.nbytes)
+                else:
                     logger.error("VLCache: request %s could not be loaded", piece.request_id, exc_info=span.error)
                     self._errors.setdefault(piece.request_id, f"load: {span.error}")
         for piece in pieces:
@@ -148,7 +151,9 @@ class VLCacheWorker:
         """Move a piece's reused tokens into the pages; returns its part of the pass."""
         if piece.error is not None:
             self._errors.setdefault(piece.request_id, piece.error)
-            return _sequence(Prompt((), ()), torch.empty(3, 0, dtype=torch.int64), (), (), [])
+            return SequenceInput(torch.empty(0, dtype=torch.int64), torch.empty(3, 0, dtype=torch.int64), (), (), [])
+        token_ids = torch.tensor(piece.prompt.token_ids, dtype=torch.int64)
+        whole = [span.run for span in piece.spans if _shifts(piece, span)]
         try:
             positions = self._positions_of(piece)
             slab = self._session.slab
@@ -157,34 +162,40 @@ class VLCacheWorker:
             logger.exception("VLCache: request %s could not be prepared", piece.request_id)
             self._errors.setdefault(piece.request_id, f"preparation: {error}")
             anywhere = torch.zeros(3, len(piece.prompt.token_ids), dtype=torch.int64)
-            return _sequence(piece.prompt, anywhere, piece.block_ids, piece.recomputed, [])
-        shifted: list[ShiftedSpan] = []
+            return SequenceInput(token_ids, anywhere, piece.block_ids, piece.recomputed, [], whole)
+        shifted: dict[Run, ShiftedSpan] = {}
         try:
             for span in piece.spans:
-                shifted += self._load_span(span, positions, piece)
+                if _shifts(piece, span):
+                    shifted[span.run] = self._shifted(span, positions)
+                else:
+                    self._load_span(span, positions, piece.block_ids)
         except Exception as error:
             logger.exception("VLCache: request %s could not be loaded", piece.request_id)
             self._errors.setdefault(piece.request_id, f"load: {error}")
-        return _sequence(piece.prompt, positions, piece.block_ids, piece.recomputed, embeddings, shifted)
+        return SequenceInput(token_ids, positions, piece.block_ids, piece.recomputed, embeddings, whole, shifted)
 
     def _positions_of(self, piece: ReusePiece) -> torch.Tensor:
         if piece.request_id not in self._positions:
             self._positions[piece.request_id] = self._stack.positions(piece.prompt)
         return self._positions[piece.request_id]
 
-    def _load_span(self, span: SpanLoad, positions: torch.Tensor, piece: ReusePiece) -> list[ShiftedSpan]:
-        """Load the reused tokens of a span, or return it where the pass does that."""
+    def _load_span(self, span: SpanLoad, positions: torch.Tensor, block_ids: tuple[int, ...]) -> None:
         assert self._pages is not None
-        slab = self._session.slab
-        wanted = positions[:, span.offset : span.offset + span.length]
-        delta = position_delta(slab.positions(span.kv, span.length), wanted)
-        entry = slab.kv(span.kv, span.length)
-        whole = Run(span.offset, span.offset + span.length)
-        if piece.shifts and span.reused and any(len(run.intersect(whole)) for run in piece.recomputed):
-            return [ShiftedSpan(self._pages, self._stack.rope, span.offset, entry, delta, span.reused)]
-        nbytes = load_runs(self._pages, self._stack.rope, entry, span.offset, delta, span.reused, piece.block_ids)
+        entry, delta = self._session.slab.kv(span.kv, span.length), self._delta(span, positions)
+        nbytes = load_runs(self._pages, self._stack.rope, entry, span.offset, delta, span.reused, block_ids)
         self._session.counters.add("loaded_bytes", nbytes)
-        return []
+
+    def _shifted(self, span: SpanLoad, positions: torch.Tensor) -> ShiftedSpan:
+        """A span that the pass is to load."""
+        assert self._pages is not None
+        entry, delta = self._session.slab.kv(span.kv, span.length), self._delta(span, positions)
+        return ShiftedSpan(self._pages, self._stack.rope, span.offset, entry, delta, span.reused)
+
+    def _delta(self, span: SpanLoad, positions: torch.Tensor) -> int:
+        return position_delta(
+            self._session.slab.positions(span.kv, span.length), positions[:, span.run.start : span.run.end]
+        )
 
     def _answer(self, piece: ReusePiece) -> None:
         request_id = piece.request_id
@@ -217,9 +228,9 @@ class VLCacheWorker:
     def _compile(self, job: CompileJob) -> None:
         positions = self._stack.positions(job.prompt)
         embedding = self._session.slab.embedding(job.embedding, len(job.run))
+        token_ids = torch.tensor(job.prompt.token_ids, dtype=torch.int64)
         everything = (Run(0, job.run.end),)
-        sequence = _sequence(job.prompt, positions, job.block_ids, everything, [(job.run.start, embedding)])
-        self._run_passes([sequence])
+        self._run_passes([SequenceInput(token_ids, positions, job.block_ids, everything, [(job.run.start, embedding)])])
         self._store(job.run, job.block_ids, positions, job)
         self._session.counters.add("compiled_entries")
 
@@ -266,13 +277,6 @@ def _paged_layer(name: str, cache: torch.Tensor, attention: Any) -> PagedLayer:
     return PagedLayer(name, cache, update)
 
 
-def _sequence(
-    prompt: Prompt,
-    positions: torch.Tensor,
-    block_ids: tuple[int, ...],
-    runs: tuple[Run, ...],
-    embeddings: list[tuple[int, torch.Tensor]],
-    shifted: Sequence[ShiftedSpan] = (),
-) -> SequenceInput:
-    token_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
-    return SequenceInput(token_ids, positions, block_ids, runs, embeddings, shifted)
+def _shifts(piece: ReusePiece, span: SpanLoad) -> bool:
+    """Whether reused tokens of a span move by what its recomputed ones show."""
+    return piece.shifts and bool(span.reused) and any(len(run.intersect(span.run)) for run in piece.recomputed)

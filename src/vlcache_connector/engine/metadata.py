@@ -23,6 +23,10 @@ class SpanLoad:
     embedding: Extent
     reused: tuple[Run, ...]
 
+    @property
+    def run(self) -> Run:
+        return Run(self.offset, self.offset + self.length)
+
 
 @dataclass(frozen=True, slots=True)
 class ReusePiece:

@@ -4,9 +4,9 @@ Fresh KV overwrites the pages. Nothing is sampled: the engine's forward, which c
 prompt.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,14 +30,17 @@ class SequenceInput:
     block_ids: Sequence[int]
     runs: Sequence[Run]  # what to compute, in order
     embeddings: Sequence[tuple[int, torch.Tensor]]  # (offset of a span, its encoder output [length, width])
-    shifted: Sequence[ShiftedSpan] = ()  # spans that are loaded on the way
+    whole: Sequence[Run] = ()  # whose runs stay in one pass where possible
+    shifted: Mapping[Run, ShiftedSpan] = field(default_factory=dict)  # those of `whole` that are loaded on the way
 
     def rows(self, number: int) -> Iterator[Row]:
-        """The runs, as request `number` of a pass, cut at the borders of shifted spans."""
+        """The runs, as request `number` of a pass, cut at the borders of what stays whole. On all ranks the same, also
+        where a span could not be loaded: they must run the same passes.
+        """
         for run in self.runs:
             start = run.start
-            for i, span in enumerate(self.shifted):
-                inside = run.intersect(span.run)
+            for i, whole in enumerate(self.whole):
+                inside = run.intersect(whole)
                 if not len(inside):
                     continue
                 if start < inside.start:
@@ -120,8 +123,8 @@ def _begin_shifts(rows: Sequence[Row], sequences: Sequence[SequenceInput]) -> li
     begun = []
     for (request, number), found in samples.items():
         sequence = sequences[request]
-        span = sequence.shifted[number]
-        if span.is_begun:
+        span = sequence.shifted.get(sequence.whole[number])
+        if span is None or span.is_begun:
             continue
         span.is_begun = True
         try:

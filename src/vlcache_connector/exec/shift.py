@@ -37,6 +37,11 @@ class ShiftedSpan:
     def run(self) -> Run:
         return Run(self.offset, self.offset + self.entry.shape[2])
 
+    @property
+    def nbytes(self) -> int:
+        """Of the reused tokens."""
+        return self.entry[:, :, 0].numel() * self.entry.element_size() * sum(len(run) for run in self.reused)
+
 
 class SpanShift:
     """One span in one pass. `samples`: (first row in the pass, tokens) of each run of the span's tokens in it."""

@@ -17,6 +17,7 @@ def plan_reuse(
     policy: Policy,
     ratio: float,
     min_reuse_tokens: int,
+    recompute_tokens: int | None = None,
 ) -> ReusePlan | Reason:
     """Plan the covered range [num_local, end) of a prompt.
 
@@ -27,6 +28,7 @@ def plan_reuse(
         num_local: tokens that the engine's own prefix cache already covers. They are left alone.
         policy, ratio: which tokens of a span are recomputed; offsets count from the start of the span.
         min_reuse_tokens: fewer covered span tokens than this are not worth touching the request.
+        recompute_tokens: a span whose share is more than this gets a smaller ratio.
 
     Returns:
         The plan, whose range ends with the last span before the first unavailable one, or the reason for none.
@@ -40,7 +42,8 @@ def plan_reuse(
         if not is_available:
             stopped_by = Reason.BEHIND_NEW_IMAGE if any(available[i:]) else Reason.MISS
             break
-        parts.append(_plan_span(span, limit, policy, ratio))
+        share = ratio if recompute_tokens is None else min(ratio, recompute_tokens / span.length)
+        parts.append(_plan_span(span, limit, policy, share))
     if not parts:
         return stopped_by or (Reason.IN_PREFIX_CACHE if spans else Reason.NO_MEDIA)
 
