@@ -47,6 +47,14 @@ def entry_sizes(llm: Any) -> list[int]:
     return [entry.extent.nbytes for key, entry in index._entries.items() if index.get(key) is not None]
 
 
+def kv_nbytes_of_a_token(llm: Any) -> int:
+    """In the pages, all layers."""
+    pages = worker(llm)._pages
+    assert pages is not None
+    heads, dim = pages.row_shape
+    return len(pages.caches) * 2 * heads * dim * pages.dtype.itemsize
+
+
 def num_kv_entries(llm: Any) -> int:
     """Entries that hold KV: those whose size fits their tokens' KV, not their embedding."""
     index, layout = session(llm).index, session(llm).layout
