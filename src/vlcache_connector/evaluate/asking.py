@@ -7,7 +7,7 @@ from typing import Any
 
 from vlcache_connector.errors import VLCacheError
 from vlcache_connector.evaluate.pictures import data_url
-from vlcache_connector.evaluate.runs import Reply
+from vlcache_connector.evaluate.runs import RefusedError, Reply
 from vlcache_connector.evaluate.tasks import Chat
 
 _CONNECTOR = {
@@ -20,7 +20,7 @@ _STOP_TIMEOUT_S = 30
 
 
 class EngineError(VLCacheError):
-    """vLLM does not start, or refuses a request."""
+    """vLLM does not start, or does not do what it is told."""
 
 
 class VLLMAsker:
@@ -115,7 +115,7 @@ class VLLMAsker:
         try:
             (output,) = self._llm.chat(messages, sampling, use_tqdm=False)
         except (ValueError, TypeError) as error:
-            raise EngineError(f"vLLM refuses the chat: {error}") from error
+            raise RefusedError(f"vLLM refuses it: {error}") from error
         return output
 
     def _sampling(self, max_tokens: int, options: Mapping[str, Any]) -> Any:

@@ -79,10 +79,10 @@ class Journal:
         except OSError:
             raise JournalError(f"{path} is in use by another vlcache eval") from None
         self._file.seek(0)
-        lines = self._file.read().split(b"\n")
-        if lines[-1]:
-            os.truncate(path, self._file.tell() - len(lines[-1]))
-        for number, line in enumerate(lines[:-1], 1):
+        *lines, cut_off = self._file.read().split(b"\n")
+        if not lines and not json.dumps(header).encode().startswith(cut_off):
+            raise _foreign(path, 1)
+        for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
                 if number == 1:
@@ -90,15 +90,18 @@ class Journal:
                 else:
                     self._take(record)
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise JournalError(
-                    f"{path}:{number}: not a line that vlcache eval writes; name another file with --resume"
-                ) from None
-        if len(lines) == 1:
+                raise _foreign(path, number) from None
+        os.truncate(path, self._file.tell() - len(cut_off))
+        if not lines:
             self._write(header)
 
     def _take(self, record: dict[str, Any]) -> None:
         taken = {name: _result(values) for name, values in record["results"].items()}
         self._results.setdefault(str(record["question"]), {}).update(taken)
+
+
+def _foreign(path: Path, number: int) -> JournalError:
+    return JournalError(f"{path}:{number}: not a line that vlcache eval writes; name another file with --resume")
 
 
 def _compare(path: Path, found: dict[str, Any], header: dict[str, Any]) -> None:

@@ -21,6 +21,10 @@ class NoReuseError(VLCacheError):
     """This engine never reuses, so there is nothing to evaluate."""
 
 
+class RefusedError(VLCacheError):
+    """The engine does not take a question, for example because it is too long."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What an engine answers. `logprobs`: of the first token, by token, the likeliest ones."""
@@ -34,7 +38,7 @@ class Reply:
 
 
 class Asker(Protocol):
-    """An engine; see `asking.VLLMAsker`."""
+    """An engine; see `asking.VLLMAsker`. `show` and `ask` raise `RefusedError`."""
 
     def forget(self, entries: bool) -> None: ...
 
@@ -61,16 +65,21 @@ def run(
         for index, question in enumerate(questions):
             missing = [setting for setting in settings if setting.name not in journal.results(question)]
             if missing:
-                if asker is None:
-                    asker = start()
-                    asker.show(question.messages)  # what an engine does once, at its first request, is in no time
+                asker = asker or _started(start(), question)
                 known = (index + 1) * len(settings) - len(missing)
-                results = _ask_all(asker, question, missing, partial(_add_to, progress, known))
-                journal.add(question, results)
+                journal.add(question, _ask_all(asker, question, missing, partial(_add_to, progress, known)))
             progress((index + 1) * len(settings))
+    except RefusedError as error:
+        raise RefusedError(f"question {question.id!r}: {error}") from error
     finally:
         if asker is not None:
             asker.close()
+
+
+def _started(asker: Asker, question: Question) -> Asker:
+    """What an engine does once, at its first request, is in no time of ours."""
+    asker.show(question.messages)
+    return asker
 
 
 def _add_to(progress: Callable[[int], None], known: int, count: int) -> None:
