@@ -1,4 +1,4 @@
-"""`vlcache eval` as a user runs it: the trained model of the examples, questions with known answers, the real engine."""
+"""`vlcache eval` as a user runs it: the trained model of the examples, known answers, the real engine."""
 
 import json
 import os
