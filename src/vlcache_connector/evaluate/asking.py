@@ -86,8 +86,8 @@ class VLLMAsker:
         sampling.logprobs, sampling.flat_logprobs = self._num_logprobs, True
         output = self._ask(chat, sampling)
         (completion,) = output.outputs
-        first = slice(completion.logprobs.start_indices[0], completion.logprobs.end_indices[0])
         flat = completion.logprobs
+        first = slice(flat.start_indices[0], flat.end_indices[0])
         tokenizer = self._llm.get_tokenizer()
         return Reply(
             text=tokenizer.decode(completion.token_ids, skip_special_tokens=True),
