@@ -1,6 +1,9 @@
 """Tables and plots of results, and the command as far as it goes without an engine."""
 
 import json
+import os
+import pty
+import termios
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from command_line import Run
+from command_line import Run, process_of
 from evaluate.fake_asker import FakeAsker
 from evaluate.task_files import write
 from vlcache_connector.evaluate import report
@@ -149,6 +152,20 @@ def test_the_command_shows_a_table_and_writes_the_same_as_data(
         assert f" {row['asked']} " in line and f" {row['right']:.3f} " in line and f" {row['kl']:.2g} " in line
         assert f" {100 * row['reused']:.1f} % " in line and line.endswith(f" {1000 * row['ttft_s']:.0f} ms")
     assert lines[15] == "" and lines[16].startswith("AGREES, TOP-1, KL")
+
+
+def test_progress_is_a_bar_at_a_terminal_and_the_table_stays_clean(finished: list[object], runtime: Path) -> None:
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    vlcache = process_of(runtime, *finished, stderr=terminal)
+    out, _ = vlcache.communicate()
+    assert vlcache.returncode == 0
+    assert "eval" not in out and out.startswith("m: 5 questions of ")
+    os.set_blocking(screen, False)
+    shown = os.read(screen, 1 << 16)
+    assert b"eval:" in shown and b"/25 " in shown
+    os.close(terminal)
+    os.close(screen)
 
 
 def test_a_plot_is_drawn(finished: list[object], run: Run, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
