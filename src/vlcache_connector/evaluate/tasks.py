@@ -12,7 +12,7 @@ question is asked: what is reused was computed in them. Without it each picture 
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,11 @@ class Question:
         return set(images_of(self.messages)) <= {image for chat in self.warm for image in images_of(chat)}
 
 
-def read(
-    path: Path, limit: int | None = None, progress: Callable[[float], None] = lambda share: None
-) -> list[Question]:
+def read(path: Path, limit: int | None = None) -> list[Question]:
     """The questions of a file, at most `limit` of each task. Raises `TaskError` that names file and line."""
     pictures = Pictures(path.parent)
     questions: list[Question] = []
     lines_of_ids: dict[str, int] = {}
-    nbytes = max(1, path.stat().st_size)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -73,7 +70,6 @@ def read(
             except (TaskError, PictureError) as error:
                 raise TaskError(f"{path}:{number}: {error}") from None
             questions.append(question)
-            progress(file.tell() / nbytes)
     if not questions:
         raise TaskError(f"{path} has no questions; each line is a JSON object, see `vlcache eval --help`")
     return list(_at_most(limit, questions))
