@@ -15,6 +15,7 @@ from command_line import ENVIRONMENT, RUN
 MODEL = Path(export.__file__).parent / "model"
 ENGINE = {"max_model_len": 2048, "enforce_eager": True, "dtype": "bfloat16"}
 QUESTIONS = 8
+SETTINGS = ("--policies", "leading,none", "--ratios", "0.05")
 
 
 class Evaluation:
@@ -25,7 +26,7 @@ class Evaluation:
         self.tasks = tasks.write(folder, QUESTIONS, ["one picture", "50 words before", "two pictures"])
 
     def run(self, *arguments: str, **engine: Any) -> subprocess.CompletedProcess[str]:
-        command = ["eval", str(MODEL), str(self.tasks), "--ratios", "0.05", "--max-tokens", "4"]
+        command = ["eval", str(MODEL), str(self.tasks), *SETTINGS, "--max-tokens", "4"]
         command += ["--engine", json.dumps(ENGINE | engine), "--connector", '{"host_gib": 0.25}', *arguments]
         environment = {**ENVIRONMENT, **os.environ, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]}
         return subprocess.run(
@@ -82,8 +83,8 @@ def test_a_run_that_is_complete_needs_no_engine(evaluation: Evaluation) -> None:
     header, *lines = results.read_text().splitlines(keepends=True)
     moved = evaluation.folder / "moved.jsonl"
     moved.write_text(header.replace(str(MODEL), "nowhere") + "".join(lines))
-    command = ["eval", "nowhere", str(evaluation.tasks), "--ratios", "0.05", "--max-tokens", "4", "--engine"]
-    command += [json.dumps(ENGINE), "--connector", '{"host_gib": 0.25}', "--resume", str(moved)]
+    command = ["eval", "nowhere", str(evaluation.tasks), *SETTINGS, "--max-tokens", "4"]
+    command += ["--engine", json.dumps(ENGINE), "--connector", '{"host_gib": 0.25}', "--resume", str(moved)]
     answer = subprocess.run([sys.executable, "-c", RUN, *command], env=ENVIRONMENT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
     assert "two pictures" in answer.stdout and "total" in answer.stdout

@@ -131,7 +131,8 @@ def finished(tasks: Path, tmp_path: Path) -> list[object]:
     journal = Journal(tmp_path / "results.jsonl", ABOUT)
     ask_all(read(tasks), SETTINGS, journal, FakeAsker)
     journal.close()
-    return ["eval", "m", tasks, "--ratios", "0.05,0.5", "--resume", tmp_path / "results.jsonl"]
+    results = tmp_path / "results.jsonl"
+    return ["eval", "m", tasks, "--policies", "leading,none", "--ratios", "0.05,0.5", "--resume", results]
 
 
 def test_the_command_shows_a_table_and_writes_the_same_as_data(
