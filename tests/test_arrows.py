@@ -31,10 +31,12 @@ ARROWS: dict[str, set[str]] = {
     "__init__": {"engine"},  # by name, on first use
     "environment": {"errors", "kernels", "engine"},
     "explain": {"errors"},
-    "simulate": _GROUND | {"store"},
-    "cli": {"errors", "environment", "explain", "simulate", "store"},
+    "plotting": {"errors"},
+    "simulate": _GROUND | {"store", "plotting"},
+    "evaluate": _GROUND | {"policy", "plotting"},
+    "cli": {"errors", "config", "environment", "explain", "simulate", "evaluate", "plotting", "store"},
 }
-MAY_IMPORT_VLLM = {"engine"}
+MAY_IMPORT_VLLM = {"engine", "evaluate/asking.py"}
 MAY_IMPORT_TORCH = {"engine", "exec", "kernels", "environment", "store/slab.py"}
 # Modules that write or read pickles. `torch.save` and `torch.load` do as well: see `calls_of`.
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}

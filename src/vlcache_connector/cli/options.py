@@ -65,6 +65,12 @@ def at_least_zero(text: str) -> int:
     return int(text)
 
 
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
 def _offers(found: list[tuple[RunningCache, Message]]) -> list[str]:
     """How to name each of several caches; two engines of one process have one process id."""
     pids = [about.get("pid") for _, about in found]

@@ -23,6 +23,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from vlcache_connector.plotting import require_matplotlib
     from vlcache_connector.simulate import recording, report
 
     try:
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"vlcache simulate: --capacity: {error}", file=sys.stderr)
         return 2
     if options.plot is not None:
-        report.require_matplotlib()
+        require_matplotlib()
     progress = _Progress()
     try:
         trace = recording.read(options.trace, lambda share: progress.show("reading", share))

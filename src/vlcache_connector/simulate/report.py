@@ -6,16 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlcache_connector.errors import VLCacheError
+from vlcache_connector.plotting import require_matplotlib, save
 from vlcache_connector.simulate.recording import Recording
 from vlcache_connector.simulate.replay import BELADY, BOUND, MEASURES, Outcome, bound, infinite, replay
 from vlcache_connector.store.eviction.policies import EVICTION_POLICIES
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-class PlotError(VLCacheError):
-    """There can be no plot here."""
 
 
 def capacities_of(text: str) -> list[int]:
@@ -89,14 +85,6 @@ def data(recording: Recording, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def require_matplotlib() -> None:
-    """Raise `PlotError` now and not after minutes of work."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise PlotError("a plot needs matplotlib: pip install matplotlib") from None
-
-
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     """Hit ratios over capacity. Raises `PlotError`."""
     require_matplotlib()
@@ -116,10 +104,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         axes.xaxis.set_major_formatter(lambda nbytes, _: size(int(nbytes)))
         axes.set(title=f"hits by {measure}", xlabel="capacity")
     figure.axes[0].legend()
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise PlotError(f"{path} cannot be written: {error}") from None
+    save(figure, path)
 
 
 def _percent(ratio: float | None) -> str:

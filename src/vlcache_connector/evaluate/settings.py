@@ -1,0 +1,66 @@
+"""How the questions are asked: plain, with everything recomputed, and with each policy at each ratio."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlcache_connector.errors import OptionError
+from vlcache_connector.policy import POLICIES
+
+_WITHOUT_RATIO = ("none", "full")
+DEFAULT_POLICIES = tuple(name for name in POLICIES if name != "full")
+DEFAULT_RATIOS = (0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to ask. Without a policy it is plain vLLM; some policies know no ratio."""
+
+    policy: str | None = None
+    ratio: float | None = None
+
+    @property
+    def name(self) -> str:
+        if self.policy is None:
+            return "plain"
+        return self.policy if self.ratio is None else f"{self.policy} {100 * self.ratio:g} %"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The request's `kv_transfer_params["vlcache"]`. The policy itself is an option of the engine so far, where
+        `leading` serves all three there are.
+        """
+        if self.policy is None:
+            return {"mode": "off"}
+        ratio = {"none": 0.0, "full": 1.0}.get(self.policy, self.ratio)
+        return {"mode": "reuse", "recompute_ratio": ratio, "explain": True}
+
+
+PLAIN = Setting()
+FULL = Setting("full")
+"""The yardstick: what the other settings are compared with."""
+
+
+def settings_of(policies: Sequence[str], ratios: Sequence[float]) -> list[Setting]:
+    """Plain, the yardstick, then each policy at each ratio. Raises `OptionError`."""
+    for name in policies:
+        if name not in POLICIES:
+            raise OptionError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}")
+    found = [PLAIN, FULL]
+    for name in policies:
+        found += [Setting(name)] if name in _WITHOUT_RATIO else [Setting(name, ratio) for ratio in sorted(ratios)]
+    return list(dict.fromkeys(found))
+
+
+def ratios_of(text: str) -> list[float]:
+    """From a list such as "0,0.02,0.05". Raises `OptionError`."""
+    ratios = []
+    for part in text.split(","):
+        try:
+            ratio = float(part)
+        except ValueError:
+            ratio = -1.0
+        if not 0.0 <= ratio <= 1.0:
+            raise OptionError(f"{part.strip()!r} is no ratio; write numbers from 0 to 1, such as 0.02,0.05")
+        ratios.append(ratio)
+    return ratios
