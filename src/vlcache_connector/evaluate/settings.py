@@ -27,13 +27,11 @@ class Setting:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The request's `kv_transfer_params["vlcache"]`. The policy itself is an option of the engine so far, where
-        `leading` serves all three there are.
-        """
+        """The request's `kv_transfer_params["vlcache"]`."""
         if self.policy is None:
             return {"mode": "off"}
         ratio = {"none": 0.0, "full": 1.0}.get(self.policy, self.ratio)
-        return {"mode": "reuse", "recompute_ratio": ratio, "explain": True}
+        return {"mode": "reuse", "policy": self.policy, "recompute_ratio": ratio, "explain": True}
 
 
 PLAIN = Setting()
