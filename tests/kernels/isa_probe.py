@@ -1,5 +1,6 @@
-"""A digest of what load_rows, save_rows and shift_rows compute, the same for every correct implementation. Run as a module it
-prints the instruction set in use and the digest of the compiled operations (the set is chosen once per process).
+"""A digest of what load_rows, save_rows and shift_rows compute, the same for every correct implementation. Run as a
+module it prints the instruction set in use and the digest of the compiled operations (the set is chosen once per
+process).
 """
 
 import hashlib

@@ -64,9 +64,7 @@ class Problem:
         return implementation.shift_rows(*where, turns=turns, is_neox=self.is_neox, out=out).cpu()
 
 
-def problem(
-    sizes: tuple[int, int, int, int], dtype: torch.dtype, *, is_neox: bool, turns_keys: bool = True
-) -> Problem:
+def problem(sizes: tuple[int, int, int, int], dtype: torch.dtype, *, is_neox: bool, turns_keys: bool = True) -> Problem:
     tokens, heads, dim, rotary_dim = sizes
     places = [turns_of(some_angles(rotary_dim, seed=token + 1), torch.device("cpu")) for token in range(tokens)]
     return Problem(
