@@ -66,18 +66,17 @@ class SpanShift:
     def apply(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Load the reused tokens of a layer; `keys` and `values` [rows, heads, dim] are what the pass made."""
         entry = self._span.entry[layer].to(self._pages.device, non_blocking=True)
-        shift = _trusted(self._changes(entry, keys, values)).contiguous()
+        shift = _trusted(self._changes(entry, keys, values))
         shift_rows(entry, shift, self._places, turns=self._turns, is_neox=self._rope.is_neox, out=self._shifted)
         load_rows(self._shifted[None], self._pages.caches[layer : layer + 1], self._slots, self._pages.layout)
 
     def _changes(self, entry: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """By how much the samples of each run have changed, on average: [2, runs, heads, dim]."""
         stored = entry[:, self._tokens]
-        both = torch.stack(
-            (torch.cat((keys[self._rows], stored[0])), torch.cat((values[self._rows], stored[1])))
-        ).float()
-        both[0] = self._rope.turned_back(both[0], self._sample_places)
-        return torch.einsum("rs,kshd->krhd", self._averaging, both)
+        all_keys = self._rope.turned_back(torch.cat((keys[self._rows], stored[0])), self._sample_places)
+        all_values = torch.cat((values[self._rows], stored[1])).float()
+        means = [self._averaging @ rows.flatten(1) for rows in (all_keys, all_values)]
+        return torch.stack(means).view(2, -1, *entry.shape[2:])
 
 
 def _trusted(changes: torch.Tensor) -> torch.Tensor:
