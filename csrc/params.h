@@ -52,6 +52,21 @@ struct RowsParams {
   const float* scales;         // [layers, 2]: a page holds value / scale; null: all 1
 };
 
+// Rows of one layer that move by the same change: entry [2, tokens, heads, dim] -> out, which may be the same memory.
+struct ShiftParams {
+  int64_t tokens, heads, dim;
+  Type type;  // of entry and out
+  const void* entry;
+  int64_t entry_kv_stride, entry_token_stride, entry_head_stride;  // dim is contiguous
+  void* out;
+  int64_t out_kv_stride, out_token_stride, out_head_stride;
+  const float* shift;   // [2, heads, dim]: of keys before their places turn them, of values
+  const float* places;  // [tokens, 2, rotary_dim / 2]: cosines, then sines
+  const float* turns;   // [2, rotary_dim / 2]; null: keys stay as they are before the shift is added
+  int64_t half_rotary;  // rotary_dim / 2
+  bool is_neox;         // pairs (i, i + rotary_dim / 2), else (2i, 2i + 1)
+};
+
 // Queries at arbitrary positions against the pages of one layer.
 struct AttentionParams {
   int64_t queries, query_heads;

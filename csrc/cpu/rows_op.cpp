@@ -6,12 +6,11 @@
 
 #include <algorithm>
 
+#include "cpu/grain.h"
 #include "cpu/rows_kernels.h"
 
 namespace vlcache {
 namespace {
-
-constexpr int64_t kBytesPerThread = 128 * 1024;  // less takes as long to hand to another thread as to move
 
 void require_slots_in_pages(const RowsParams& params) {
   const int64_t end = params.num_blocks * params.pages.block_size;
@@ -37,7 +36,7 @@ template <typename Move>
 void move_rows(const RowsParams& params, Move move) {
   const int64_t row_nbytes = 2 * params.pages.heads * params.pages.dim * nbytes_of(params.entry_type);
   if (row_nbytes == 0) return;
-  torch::stable::parallel_for(0, params.layers * params.tokens, 1 + (kBytesPerThread - 1) / row_nbytes, move);
+  torch::stable::parallel_for(0, params.layers * params.tokens, grain(row_nbytes), move);
 }
 
 void load_rows(const Tensor& entry, const std::vector<Tensor>& caches, const Tensor& slots,

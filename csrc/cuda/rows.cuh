@@ -13,111 +13,56 @@
 
 #include "elements.cuh"
 #include "rows_plan.h"
+#include "turns.cuh"
 
 namespace vlcache {
 namespace cuda {
 
-// Of a head: which two pieces a thread moves, and whether it turns them.
-struct Pieces {
-  int first, second;
-  bool has_second, turns_first, turns_second;
-};
-
-VLCACHE_DEVICE Pieces pieces_of(const RowsPlan& plan, int unit, bool is_key) {
-  const int rotary = is_key ? plan.rotary_pieces : 0;
-  const int half = plan.is_neox ? rotary / 2 : 0;
-  if (unit < half) return {unit, unit + half, true, true, true};
-  // Behind the NeoX pairs: two runs of neighbours, so that consecutive threads still touch consecutive pieces.
-  const int rest = plan.pieces - 2 * half, run = (rest + 1) / 2;
-  const int first = 2 * half + unit - half, second = first + run;
-  return {first, second, second < plan.pieces, half == 0 && first < rotary, half == 0 && second < rotary};
-}
-
+// What turns the keys of type T that a thread moves.
 template <typename T>
 struct Turner {
-  static constexpr int kLanes = 16 / int(sizeof(T));
-
-  // NeoX: of the pairs of both pieces. Else the first half belongs to the first piece, the second to the second.
-  float cosines[kLanes], sines[kLanes];
+  Angles<T> angles;
 
   VLCACHE_DEVICE void load(const RowsParams& params, const Pieces& pieces) {
-    const int64_t half = params.half_rotary;
-    VLCACHE_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      const int piece = i < kLanes / 2 ? pieces.first : pieces.second;
-      const int64_t pair = params.is_neox ? pieces.first * kLanes + i : piece * (kLanes / 2) + i % (kLanes / 2);
-      cosines[i] = pair < half ? params.turns[pair] : 1.0f;
-      sines[i] = pair < half ? params.turns[half + pair] : 0.0f;
+    angles.template load<false>(params.turns, params.half_rotary, params.is_neox, pieces);
+  }
+
+  // Unpacked only where something turns: the registers of one branch are free for the other.
+  VLCACHE_DEVICE void turn(const Pieces& pieces, bool is_neox, Vec16& first, Vec16& second) const {
+    if (is_neox) {
+      if (pieces.turns_first) turn_halves(first, second);
+    } else {
+      if (pieces.turns_first) turn_neighbours<0>(first);
+      if (pieces.turns_second) turn_neighbours<kLanes / 2>(second);
     }
   }
 
-  VLCACHE_DEVICE void turn_neox(Vec16& x, Vec16& y) const {
+ private:
+  static constexpr int kLanes = Angles<T>::kLanes;
+
+  VLCACHE_DEVICE void turn_halves(Vec16& x, Vec16& y) const {
     float a[kLanes], b[kLanes];
-    unpack(x, a);
-    unpack(y, b);
-    VLCACHE_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      const float turned = a[i] * cosines[i] - b[i] * sines[i];
-      b[i] = b[i] * cosines[i] + a[i] * sines[i];
-      a[i] = turned;
-    }
-    pack(a, x);
-    pack(b, y);
+    unpack<T>(x, a);
+    unpack<T>(y, b);
+    angles.turn_halves(a, b);
+    pack<T>(a, x);
+    pack<T>(b, y);
   }
 
   template <int kFirst>
   VLCACHE_DEVICE void turn_neighbours(Vec16& piece) const {
     float a[kLanes];
-    unpack(piece, a);
-    VLCACHE_UNROLL
-    for (int i = 0; i < kLanes / 2; ++i) {
-      const float x = a[2 * i], y = a[2 * i + 1];
-      a[2 * i] = x * cosines[kFirst + i] - y * sines[kFirst + i];
-      a[2 * i + 1] = y * cosines[kFirst + i] + x * sines[kFirst + i];
-    }
-    pack(a, piece);
-  }
-
-  static VLCACHE_DEVICE void unpack(const Vec16& piece, float (&values)[kLanes]) {
-    VLCACHE_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        values[i] = float_of_bits(piece.words[i]);
-      } else {
-        values[i] = to_float(T{uint16_t(piece.words[i / 2] >> (16 * (i % 2)))});
-      }
-    }
-  }
-
-  static VLCACHE_DEVICE void pack(const float (&values)[kLanes], Vec16& piece) {
-    VLCACHE_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        piece.words[i] = bits_of_float(values[i]);
-      } else {
-        const uint32_t bits = from_float<T>(values[i]).bits;
-        piece.words[i / 2] = i % 2 == 0 ? bits : piece.words[i / 2] | bits << 16;
-      }
-    }
+    unpack<T>(piece, a);
+    angles.template turn_neighbours<kFirst>(a);
+    pack<T>(a, piece);
   }
 };
 
 // Copies need no arithmetic, whatever the type.
 struct NoTurner {
   VLCACHE_DEVICE void load(const RowsParams&, const Pieces&) {}
+  VLCACHE_DEVICE void turn(const Pieces&, bool, Vec16&, Vec16&) const {}
 };
-
-template <typename Turns>
-VLCACHE_DEVICE void turn(const Turns& turns, const Pieces& pieces, bool is_neox, Vec16& first, Vec16& second) {
-  if constexpr (!std::is_same_v<Turns, NoTurner>) {
-    if (is_neox) {
-      if (pieces.turns_first) turns.turn_neox(first, second);
-    } else {
-      if (pieces.turns_first) turns.template turn_neighbours<0>(first);
-      if (pieces.turns_second) turns.template turn_neighbours<Turns::kLanes / 2>(second);
-    }
-  }
-}
 
 // A row that a thread moves: where it is staged, and the slot that it belongs into.
 struct VectorRow {
@@ -190,7 +135,7 @@ VLCACHE_DEVICE void move_vectors(const RowsParams& params, const RowsPlan& plan)
   VLCACHE_UNROLL
   for (int i = 0; i < kRows; ++i) {
     if (paged[i] == nullptr) continue;
-    if (kv == 0) turn(turns, pieces, plan.is_neox, first[i], second[i]);
+    if (kv == 0) turns.turn(pieces, plan.is_neox, first[i], second[i]);
     char* to = kLoad ? paged[i] : rows[i].staged;
     store(to + pieces.first * 16, first[i]);
     if (pieces.has_second) store(to + pieces.second * 16, second[i]);

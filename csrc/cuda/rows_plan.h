@@ -1,4 +1,4 @@
-// How a call of load_rows or save_rows is cut into thread blocks. Plain C++: decided on the host, tested without a GPU.
+// How a call of load_rows, save_rows or shift_rows is cut into thread blocks. Plain C++: decided on the host, tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -56,28 +56,61 @@ inline bool rows_allow_vectors(const RowsParams& params, int64_t itemsize) {
          pages.dim * itemsize <= 32 * RowsPlan::kThreads;
 }
 
-// Needs at least one layer, token, head and dimension.
-inline RowsPlan plan_rows(const RowsParams& params) {
+// `layers` times `rows` of K and as many of V, of `dim` elements each; `rotary_dim` of keys turn.
+inline RowsPlan plan_of(bool vectors, int64_t itemsize, int64_t layers, int64_t rows, int64_t dim, int64_t rotary_dim,
+                        bool is_neox) {
   RowsPlan plan{};
-  const int64_t rows = params.tokens * params.pages.heads;
-  plan.itemsize = int(nbytes_of(params.cache_type));
-  plan.vectors = rows_allow_vectors(params, plan.itemsize);
-  if (!plan.vectors) {
+  plan.itemsize = int(itemsize);
+  plan.vectors = vectors;
+  if (!vectors) {
     constexpr int64_t kWarps = RowsPlan::kThreads / 32, kMostBlocks = 1 << 16;
-    const int64_t blocks = (params.layers * 2 * rows + kWarps - 1) / kWarps;
+    const int64_t blocks = (layers * 2 * rows + kWarps - 1) / kWarps;
     plan.blocks = blocks < kMostBlocks ? blocks : kMostBlocks;
     return plan;
   }
-  plan.is_neox = params.is_neox;
-  plan.pieces = int(params.pages.dim * plan.itemsize / 16);
-  plan.rotary_pieces = params.turns == nullptr ? 0 : int(2 * params.half_rotary * plan.itemsize / 16);
+  plan.is_neox = is_neox;
+  plan.pieces = int(dim * itemsize / 16);
+  plan.rotary_pieces = int(rotary_dim * itemsize / 16);
   plan.units = uint32_t(plan.pieces + 1) / 2;
   plan.rows = uint32_t(rows);
   plan.rows_per_pass = RowsPlan::kThreads / plan.units;
   const int64_t rows_per_group = int64_t(plan.rows_per_pass) * RowsPlan::kUnroll;
   plan.groups = uint32_t((rows + rows_per_group - 1) / rows_per_group);
-  plan.blocks = params.layers * 2 * plan.groups;
+  plan.blocks = layers * 2 * plan.groups;
   return plan;
+}
+
+// Needs at least one layer, token, head and dimension.
+inline RowsPlan plan_rows(const RowsParams& params) {
+  const int64_t itemsize = nbytes_of(params.cache_type), rows = params.tokens * params.pages.heads;
+  const int64_t rotary_dim = params.turns == nullptr ? 0 : 2 * params.half_rotary;
+  return plan_of(rows_allow_vectors(params, itemsize), itemsize, params.layers, rows, params.pages.dim, rotary_dim,
+                 params.is_neox);
+}
+
+// As `rows_allow_vectors`; the tables of angles and changes are read 16 bytes at a time as well.
+inline bool shift_allows_vectors(const ShiftParams& params, int64_t itemsize) {
+  if (itemsize == 1) return false;
+  for (const void* address : {params.entry, static_cast<const void*>(params.out),
+                              static_cast<const void*>(params.shift), static_cast<const void*>(params.places),
+                              static_cast<const void*>(params.turns)}) {
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) return false;
+  }
+  if (!are_multiples(16, {params.dim * itemsize, params.entry_kv_stride * itemsize,
+                          params.entry_token_stride * itemsize, params.entry_head_stride * itemsize,
+                          params.out_kv_stride * itemsize, params.out_token_stride * itemsize,
+                          params.out_head_stride * itemsize,
+                          (params.is_neox ? 1 : 2) * params.half_rotary * itemsize})) {
+    return false;
+  }
+  return params.tokens * params.heads < (int64_t(1) << 31) && params.dim * itemsize <= 32 * RowsPlan::kThreads;
+}
+
+// Needs at least one token, head and dimension.
+inline RowsPlan plan_shift(const ShiftParams& params) {
+  const int64_t itemsize = nbytes_of(params.type);
+  return plan_of(shift_allows_vectors(params, itemsize), itemsize, 1, params.tokens * params.heads, params.dim,
+                 2 * params.half_rotary, params.is_neox);
 }
 
 }  // namespace cuda

@@ -55,6 +55,12 @@ VLCACHE_DEVICE Vec16 load_once(const void* from) {
   return {{value.x, value.y, value.z, value.w}};
 }
 
+// 16 bytes that other threads read as well.
+VLCACHE_DEVICE Vec16 load_piece(const void* from) {
+  const uint4 value = *static_cast<const uint4*>(from);
+  return {{value.x, value.y, value.z, value.w}};
+}
+
 VLCACHE_DEVICE void store(void* to, const Vec16& value) {
   *static_cast<uint4*>(to) = make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]);
 }

@@ -21,6 +21,7 @@ class Implementation:
     is_native: bool
     load_rows: Callable[..., None]
     save_rows: Callable[..., None]
+    shift_rows: Callable[..., torch.Tensor]
     sparse_query_attention: Callable[..., torch.Tensor]
 
 
@@ -46,6 +47,20 @@ def save_by_twin(
     scales: torch.Tensor | None = None,
 ) -> None:
     ref.save_rows(entry, caches, slots, scales, layout.block_size, layout.numbers, layout.order)
+
+
+def shift_by_twin(
+    entry: torch.Tensor,
+    shift: torch.Tensor,
+    places: torch.Tensor,
+    *,
+    turns: torch.Tensor | None = None,
+    is_neox: bool = True,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    result = torch.empty_like(entry, memory_format=torch.contiguous_format) if out is None else out
+    ref.shift_rows(result, entry, shift, places, turns, is_neox)
+    return result
 
 
 def attend_by_twin(
@@ -76,10 +91,12 @@ IMPLEMENTATIONS = ["native-cpu", "twin-cpu", *(["native-cuda", "twin-cuda"] if t
 def implementation(request: Any) -> Implementation:
     kind, device = request.param.split("-")
     if kind == "twin":
-        return Implementation(torch.device(device), False, load_by_twin, save_by_twin, attend_by_twin)
+        twins = load_by_twin, save_by_twin, shift_by_twin, attend_by_twin
+        return Implementation(torch.device(device), False, *twins)
     states = {state.device: state for state in library.library_report()}
     assert states[device.upper()].is_loaded, states[device.upper()].problem
-    return Implementation(torch.device(device), True, ops.load_rows, ops.save_rows, ops.sparse_query_attention)
+    native = ops.load_rows, ops.save_rows, ops.shift_rows, ops.sparse_query_attention
+    return Implementation(torch.device(device), True, *native)
 
 
 @pytest.fixture

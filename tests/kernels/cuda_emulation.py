@@ -17,7 +17,7 @@ import torch
 from vlcache_connector.kernels.ops import PageLayout
 
 ROOT = Path(__file__).parents[2]
-OPERATIONS = ("load_rows", "save_rows", "sparse_query_attention")
+OPERATIONS = ("load_rows", "save_rows", "shift_rows", "sparse_query_attention")
 SOURCE = Path(__file__).parent / "emulation" / "emulation.cpp"
 
 
@@ -108,6 +108,21 @@ def save_rows(
     """See `ops.save_rows`."""
     pages = (layout.block_size, layout.numbers, layout.order)
     torch.ops.vlcache_emulated.save_rows(entry, list(caches), slots, scales, *pages)
+
+
+def shift_rows(
+    entry: torch.Tensor,
+    shift: torch.Tensor,
+    places: torch.Tensor,
+    *,
+    turns: torch.Tensor | None = None,
+    is_neox: bool = True,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `ops.shift_rows`."""
+    result = torch.empty(entry.shape, dtype=entry.dtype) if out is None else out
+    torch.ops.vlcache_emulated.shift_rows(result, entry, shift, places, turns, is_neox)
+    return result
 
 
 def sparse_query_attention(

@@ -1,5 +1,6 @@
-"""A digest of what load_rows and save_rows compute, the same for every correct implementation. Run as a module it
-prints the instruction set in use and the digest of the compiled operations (the set is chosen once per process).
+"""A digest of what load_rows, save_rows and shift_rows compute, the same for every correct implementation. Run as a
+module it prints the instruction set in use and the digest of the compiled operations (the set is chosen once per
+process).
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from kernels.paged import DTYPES, FLOAT8, Sizes, paged, random_bits, slots_in_ru
 from vlcache_connector.kernels import library, ops
 
 Function = Callable[..., None]
+Shift = Callable[..., torch.Tensor]
 
 FORMS = ["engine", "dim_strided", "keys_transposed", "packed"]
 SIZES = Sizes(tokens=9, heads=2, dim=86)  # pairs in whole vectors of 4, 8 or 16, and a rest
@@ -18,7 +20,7 @@ LARGE = Sizes(tokens=150, heads=2, dim=86, block_size=40, num_blocks=9)  # squar
 ROTARY_DIM = 82
 
 
-def digest(load_rows: Function, save_rows: Function) -> str:
+def digest(load_rows: Function, save_rows: Function, shift_rows: Shift) -> str:
     """Over all memory of all caches and entries. Products and sums are exact in fp32, so that it makes no difference
     whether they are fused.
     """
@@ -30,8 +32,27 @@ def digest(load_rows: Function, save_rows: Function) -> str:
                 if form == "keys_transposed":
                     results += _results(load_rows, save_rows, form, dtype, staged, LARGE, slots_in_runs(LARGE))
                 for memory in results:
-                    found.update(memory.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                    found.update(_bytes(memory))
+    for dtype in DTYPES:
+        for memory in _shifted(shift_rows, dtype):
+            found.update(_bytes(memory))
     return found.hexdigest()
+
+
+def _bytes(memory: torch.Tensor) -> bytes:
+    return memory.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _shifted(shift_rows: Shift, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(13)
+    entry = torch.randint(-15, 16, SIZES.entry_shape[1:], generator=generator).to(dtype)
+    shift = torch.randint(-15, 16, (2, SIZES.heads, SIZES.dim), generator=generator).float()
+    angles = torch.randint(-64, 65, (SIZES.tokens + 1, 2, ROTARY_DIM // 2), generator=generator) / 64
+    return [
+        shift_rows(entry, shift, angles[1:], turns=turns, is_neox=is_neox)
+        for turns in (None, angles[0])
+        for is_neox in (True, False)
+    ]
 
 
 def _results(
@@ -62,4 +83,4 @@ def _results(
 
 
 if __name__ == "__main__":
-    print(library.cpu_isa(), digest(ops.load_rows, ops.save_rows))
+    print(library.cpu_isa(), digest(ops.load_rows, ops.save_rows, ops.shift_rows))

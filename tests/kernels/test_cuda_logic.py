@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import cuda_emulation, test_attention, test_rows, test_rows_numbers, test_rows_turned
+from kernels import cuda_emulation, test_attention, test_rows, test_rows_numbers, test_rows_turned, test_shift
 from kernels.attention_cases import Case, answer, build, exact, run, scattered
 from kernels.conftest import Implementation
 from kernels.cuda_emulation import ROOT, Device, emulated_device
@@ -35,7 +35,7 @@ def those_of(module: ModuleType) -> dict[str, Any]:
     }
 
 
-for module in (test_rows, test_rows_turned, test_rows_numbers, test_attention):
+for module in (test_rows, test_rows_turned, test_rows_numbers, test_shift, test_attention):
     globals().update(those_of(module))
 
 
@@ -52,8 +52,8 @@ def gpu(emulated: Device) -> Device:
 
 @pytest.fixture
 def implementation(gpu: Device) -> Implementation:
-    operations = cuda_emulation.load_rows, cuda_emulation.save_rows, cuda_emulation.sparse_query_attention
-    return Implementation(torch.device("cpu"), False, *operations)
+    rows = cuda_emulation.load_rows, cuda_emulation.save_rows, cuda_emulation.shift_rows
+    return Implementation(torch.device("cpu"), False, *rows, cuda_emulation.sparse_query_attention)
 
 
 ENGINE_SIZES = [
@@ -162,6 +162,74 @@ def test_slots_outside_of_the_pages_are_passed_over(implementation: Implementati
             implementation.save_rows(entry, pages.caches, slots, pages.layout)
             test_rows.assert_memory_is(pages, before)
             assert torch.equal(as_bits(entry), bits)
+
+
+@pytest.mark.parametrize("is_neox", [True, False], ids=["neox", "gptj"])
+@pytest.mark.parametrize("sizes", [(40, 3, 128, 128), (19, 1, 72, 48), (7, 5, 8, 0), (33, 2, 96, 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_rows_are_shifted_16_bytes_at_a_time(
+    implementation: Implementation, gpu: Device, dtype: torch.dtype, sizes: tuple[int, int, int, int], is_neox: bool
+) -> None:
+    for turns_keys in (True, False):
+        given = test_shift.problem(sizes, dtype, is_neox=is_neox, turns_keys=turns_keys)
+        for gpu.seed in range(3):
+            test_shift.check(implementation, given)
+        assert gpu.used_vectors
+        entry = given.entry.clone()
+        given.solve(implementation, entry, out=entry)
+        assert torch.equal(as_bits(entry), as_bits(given.solve(implementation)))
+
+
+SHIFT_STRIDES = ["entry kv", "entry token", "entry head", "entry address", "out kv", "out token", "out head"]
+SHIFT_STRIDES += ["out address", "shift address", "places address", "turns address"]
+
+
+@pytest.mark.parametrize("odd", [None, *SHIFT_STRIDES])
+def test_every_stride_and_address_must_allow_shifting_16_bytes_at_a_time(
+    implementation: Implementation, gpu: Device, odd: str | None
+) -> None:
+    """As above; tables have no strides."""
+    given = test_shift.problem((7, 2, 64, 64), torch.bfloat16, is_neox=True)
+    assert given.turns is not None
+
+    def placed(name: str, values: torch.Tensor) -> torch.Tensor:
+        """The same values among gaps, at an address of which one may be odd."""
+        steps = {"kv": 1600, "token": 200, "head": 80, "address": 0}
+        steps = {step: size + (odd == f"{name} {step}") for step, size in steps.items()}
+        memory = random_bits((4000,), values.dtype)
+        strides = (steps["kv"], steps["token"], steps["head"], 1) if values.dim() == 4 else values.stride()
+        view = memory.as_strided(values.shape, strides, steps["address"])
+        return view.copy_(values)
+
+    tables = {name: placed(name, getattr(given, name)) for name in ("shift", "places", "turns")}
+    wanted, out = given.solve(implementation), placed("out", torch.zeros_like(given.entry))
+    moved = test_shift.Problem(given.entry, tables["shift"], tables["places"], tables["turns"], given.is_neox)
+    moved.solve(implementation, placed("entry", given.entry), out=out)
+    assert bool(gpu.used_vectors) == (odd is None)
+    assert torch.equal(out.float(), wanted.float())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ((9, 3, 20, 20), torch.bfloat16),
+        ((9, 3, 64, 24), torch.bfloat16),
+        ((9, 3, 33, 32), torch.float32),
+        ((9, 3, 64, 64), torch.float8_e4m3fn),
+    ],
+    ids=str,
+)
+def test_other_rows_are_shifted_one_element_at_a_time(
+    implementation: Implementation, gpu: Device, sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    gpu.used_vectors = 1
+    for gpu.seed in range(3):
+        given = test_shift.problem(sizes, dtype, is_neox=True)
+        test_shift.check(implementation, given)
+        entry = given.entry.clone()
+        given.solve(implementation, entry, out=entry)
+        assert torch.equal(as_bits(entry), as_bits(given.solve(implementation)))
+    assert not gpu.used_vectors
 
 
 CROWDED = Case((*scattered([150, 40, 210], 11), *run(1, 20, 60)), torch.bfloat16, heads=2, group=3, dim=64)

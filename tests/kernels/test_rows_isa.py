@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from kernels.conftest import load_by_twin, save_by_twin
+from kernels.conftest import load_by_twin, save_by_twin, shift_by_twin
 from kernels.isa_probe import digest
 
 
 @pytest.fixture(scope="module")
 def digest_of_the_twin() -> str:
-    return digest(load_by_twin, save_by_twin)
+    return digest(load_by_twin, save_by_twin, shift_by_twin)
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])

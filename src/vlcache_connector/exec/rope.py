@@ -35,9 +35,12 @@ class Rope:
 
     def places(self, positions: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Cosines and sines [tokens, 2, rotary_dim / 2], fp32, of keys at `positions` [channels, tokens]."""
-        channels = self.channels.expand(self.inv_freq.numel())
-        angle = positions.cpu()[channels].T.double() * self.inv_freq.double().cpu()
-        return torch.stack((angle.cos(), angle.sin()), dim=1).float().to(device)
+        # An image has few different positions, its rows and columns, and a cosine in fp64 takes long.
+        different, number = positions.cpu().unique(return_inverse=True)
+        angle = different.double()[:, None] * self.inv_freq.double().cpu()
+        table = torch.stack((angle.cos(), angle.sin()), dim=1).float()
+        rows = number[self.channels.expand(self.inv_freq.numel())].T  # [tokens, rotary_dim / 2]
+        return table.gather(0, rows[:, None].expand(-1, 2, -1)).to(device)
 
     def turned_back(self, keys: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Keys [tokens, heads, dim] at `places` as they were before the layer turned them, in fp32."""
@@ -45,9 +48,9 @@ class Rope:
         rows = keys.float()
         rotary, rest = rows[..., : self.rotary_dim], rows[..., self.rotary_dim :]
         x, y = rotary.chunk(2, dim=-1) if self.is_neox else (rotary[..., 0::2], rotary[..., 1::2])
-        a, b = x * cos + y * sin, y * cos - x * sin
-        back = torch.cat((a, b), dim=-1) if self.is_neox else torch.stack((a, b), dim=-1).flatten(-2)
-        return torch.cat((back, rest), dim=-1)
+        a, b = torch.addcmul(x * cos, y, sin), torch.addcmul(y * cos, x, sin, value=-1)
+        back = (a, b) if self.is_neox else (torch.stack((a, b), dim=-1).flatten(-2),)
+        return torch.cat((*back, rest), dim=-1)
 
 
 def position_delta(stored: torch.Tensor, wanted: torch.Tensor) -> int:

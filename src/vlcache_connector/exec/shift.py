@@ -59,30 +59,37 @@ class SpanShift:
         self._turns = rope.turns(span.delta, device) if span.delta else None
         self._places = rope.places(positions[:, span.run.start : span.run.end], device)
         self._rows = torch.cat([torch.arange(first, first + len(run)) for first, run in samples]).to(device)
-        self._tokens = torch.cat([torch.arange(run.start, run.end) for _, run in samples]) - span.offset
-        numbers = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(run) for _, run in samples]))
-        self._averaging = torch.nn.functional.one_hot(numbers).float()
-        self._averaging = (self._averaging / self._averaging.sum(0)).T.to(device)  # [runs, samples]
-        self._fresh_places = self._places[self._tokens.to(device)]
-        stored = rope.places(positions[:, span.offset + self._tokens] - span.delta, device)
-        self._stored_places = stored
+        tokens = torch.cat([torch.arange(run.start, run.end) for _, run in samples])
+        self._tokens = (tokens - span.offset).to(device)
+        stored_places = rope.places(positions[:, tokens] - span.delta, device)
+        self._sample_places = torch.cat((self._places[self._tokens], stored_places))
+        averaging = torch.block_diag(*(torch.full((1, len(run)), 1 / len(run)) for _, run in samples))
+        self._averaging = torch.cat((averaging, -averaging), dim=1).to(device)  # [runs, fresh and stored samples]
+        # One layer's keys and values on their way into the pages: new memory for each would take as long as the rest.
+        self._shifted = torch.empty(span.entry.shape[1:], dtype=span.entry.dtype, device=device)
 
     def apply(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Load the reused tokens of a layer; `keys` and `values` [rows, heads, dim] are what the pass made."""
         entry = self._span.entry[layer].to(self._pages.device, non_blocking=True)
-        stored = self._span.entry[layer][:, self._tokens].to(self._pages.device)
-        key_change = self._rope.turned_back(keys[self._rows], self._fresh_places)
-        key_change -= self._rope.turned_back(stored[0], self._stored_places)
-        change = torch.stack((key_change, values[self._rows].float() - stored[1].float()))
-        shifted = shift_rows(entry, self._mean(change), self._places, turns=self._turns, is_neox=self._rope.is_neox)
-        load_rows(shifted[None], self._pages.caches[layer : layer + 1], self._slots, self._pages.layout)
+        shift = _trusted(self._changes(entry, keys, values))
+        shift_rows(entry, shift, self._places, turns=self._turns, is_neox=self._rope.is_neox, out=self._shifted)
+        load_rows(self._shifted[None], self._pages.caches[layer : layer + 1], self._slots, self._pages.layout)
 
-    def _mean(self, change: torch.Tensor) -> torch.Tensor:
-        """[2, heads, dim] of changes [2, samples, heads, dim]."""
-        means = torch.einsum("rs,kshd->krhd", self._averaging, change)
-        runs, mean = means.shape[1], means.mean(1)
-        if runs == 1:
-            return mean
-        noise = means.var(1).sum(-1, keepdim=True) / runs
-        size = mean.square().sum(-1, keepdim=True)
-        return mean * (1 - noise / size.clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0)
+    def _changes(self, entry: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """By how much the samples of each run have changed, on average: [2, runs, heads, dim]."""
+        stored = entry[:, self._tokens]
+        all_keys = self._rope.turned_back(torch.cat((keys[self._rows], stored[0])), self._sample_places)
+        all_values = torch.cat((values[self._rows], stored[1])).float()
+        means = [self._averaging @ rows.flatten(1) for rows in (all_keys, all_values)]
+        return torch.stack(means).view(2, -1, *entry.shape[2:])
+
+
+def _trusted(changes: torch.Tensor) -> torch.Tensor:
+    """The mean [2, heads, dim] of changes [2, runs, heads, dim], as far as the runs agree about it."""
+    runs, mean = changes.shape[1], changes.mean(1)
+    if runs == 1:
+        return mean
+    spread = (changes - mean[:, None]).square().sum((1, 3))[..., None]  # [2, heads, 1]
+    noise = spread / (runs * (runs - 1))
+    size = mean.square().sum(-1, keepdim=True)
+    return mean * (1 - noise / size.clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0)

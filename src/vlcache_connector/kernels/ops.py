@@ -11,7 +11,6 @@ from typing import NamedTuple, Self
 import torch
 
 from vlcache_connector.kernels import library, ref
-from vlcache_connector.kernels.ref_shift import shift_rows as _shift_rows
 
 _SCHEMAS = (
     "load_rows(Tensor entry, Tensor(a!)[] caches, Tensor slots, Tensor? turns, bool is_neox, Tensor? scales,"
@@ -121,10 +120,13 @@ def shift_rows(
 
     Args:
         entry: [2, tokens, heads, dim], last dimension contiguous.
-        shift: [2, heads, dim] fp32, of keys before rotation and of values.
-        places: [tokens, 2, rotary_dim / 2] fp32, cosines and sines of the angles of each token's new position.
+        shift: [2, heads, dim] fp32, contiguous, of keys before rotation and of values. An entry of 8-bit floats holds
+            scaled values, and its shift is scaled likewise.
+        places: [tokens, 2, rotary_dim / 2] fp32, contiguous, cosines and sines of the angles of each token's new
+            position.
         turns, is_neox: as in `load_rows`.
-        out: where to write, may be `entry`; a new tensor by default.
+        out: where to write, last dimension contiguous: may be `entry`, and shares no memory with it otherwise; a new
+            tensor by default.
 
     Returns:
         [2, tokens, heads, dim] in the type of `entry`, to be loaded without turning it again.
@@ -195,6 +197,5 @@ for _schema in _SCHEMAS:
 _native = library.load_libraries()
 for _device in ("CPU", "CUDA"):
     if _device not in _native:
-        for _twin in (ref.load_rows, ref.save_rows, ref.sparse_query_attention):
+        for _twin in (ref.load_rows, ref.save_rows, ref.shift_rows, ref.sparse_query_attention):
             _definitions.impl(_twin.__name__, _twin, _device)
-    _definitions.impl("shift_rows", _shift_rows, _device)

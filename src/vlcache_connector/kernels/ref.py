@@ -9,8 +9,9 @@ import torch
 
 from vlcache_connector.kernels import ref_pages as pages
 from vlcache_connector.kernels.ref_attention import sparse_query_attention
+from vlcache_connector.kernels.ref_shift import shift_rows
 
-__all__ = ["load_rows", "save_rows", "sparse_query_attention"]
+__all__ = ["load_rows", "save_rows", "shift_rows", "sparse_query_attention"]
 
 _MAX_LAYERS = 256  # kMaxLayers in csrc/params.h
 
@@ -78,8 +79,7 @@ def _rows(
     pages.require(len(caches) <= _MAX_LAYERS, f"caches: expected at most {_MAX_LAYERS} layers, found {len(caches)}")
     pages.require_float("entry", entry)
     pages.require_shape("entry", entry, [len(caches), 2, -1, -1, -1])
-    dense = entry.shape[-1] <= 1 or entry.stride(-1) == 1
-    pages.require(dense, f"entry: expected a last dimension of stride 1, found stride {entry.stride(-1)}")
+    pages.require_dense_rows("entry", entry)
     pages.require_device("entry", entry, near)
     _, _, tokens, heads, dim = entry.shape
     pages.require_vector("slots", slots, torch.int64, [tokens], near)

@@ -44,6 +44,11 @@ def require_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None
     require(fits, f"{name}: expected shape [{wanted}], found {list(tensor.shape)}")
 
 
+def require_dense_rows(name: str, tensor: torch.Tensor) -> None:
+    dense = tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+    require(dense, f"{name}: expected a last dimension of stride 1, found stride {tensor.stride(-1)}")
+
+
 def require_device(name: str, tensor: torch.Tensor, near: torch.Tensor) -> None:
     require(tensor.device == near.device, f"{name}: expected on {near.device}, found on {tensor.device}")
 

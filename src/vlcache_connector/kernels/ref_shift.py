@@ -39,17 +39,16 @@ def _require(
     """Raises `RuntimeError` naming the argument that is wrong."""
     pages.require_float("entry", entry)
     pages.require_shape("entry", entry, [2, -1, -1, -1])
+    pages.require_dense_rows("entry", entry)
     _, tokens, heads, dim = entry.shape
     pages.require_shape("out", out, list(entry.shape))
     same = out.dtype == entry.dtype
     pages.require(same, f"out: expected {pages.type_name(entry.dtype)}, found {pages.type_name(out.dtype)}")
     pages.require_device("out", out, entry)
-    for name, tensor, shape in (("shift", shift, [2, heads, dim]), ("places", places, [tokens, 2, -1])):
-        is_fp32 = tensor.dtype == torch.float32
-        pages.require(is_fp32, f"{name}: expected float32, found {pages.type_name(tensor.dtype)}")
-        pages.require_shape(name, tensor, shape)
-        pages.require_device(name, tensor, entry)
-    most = dim // 2
-    pages.require(places.shape[2] <= most, f"places: expected at most {most} angles, found {places.shape[2]}")
+    pages.require_dense_rows("out", out)
+    pages.require_vector("shift", shift, torch.float32, [2, heads, dim], entry)
+    pages.require_vector("places", places, torch.float32, [tokens, 2, -1], entry)
+    angles, most = places.shape[2], dim // 2
+    pages.require(angles <= most, f"places: expected at most dim / 2 = {most} angles, found {angles}")
     if turns is not None:
-        pages.require_vector("turns", turns, torch.float32, [2, places.shape[2]], entry)
+        pages.require_vector("turns", turns, torch.float32, [2, angles], entry)

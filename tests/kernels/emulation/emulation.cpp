@@ -5,7 +5,9 @@
 #include "attention_op.h"
 #include "cuda/attention.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/shift.cuh"
 #include "rows_op.h"
+#include "shift_op.h"
 
 namespace vlcache {
 namespace {
@@ -60,6 +62,31 @@ void save_rows(const Tensor& entry, const std::vector<Tensor>& caches, const Ten
   move_rows<false>({entry, caches, slots, turns, true, scales, block_size, layout, order});
 }
 
+struct ShiftLaunch {
+  const ShiftParams& params;
+  const RowsPlan& plan;
+
+  template <typename T>
+  void vectors() const {
+    launch().run_apart([this] { cuda::shift_vectors<T>(params, plan); });
+  }
+
+  void elements() const {
+    launch().run_apart([this] { cuda::shift_elements(params); });
+  }
+
+  Launch launch() const { return {{unsigned(plan.blocks), 1, 1}, RowsPlan::kThreads, 0, unsigned(device.seed)}; }
+};
+
+void shift_rows(const Tensor& out, const Tensor& entry, const Tensor& shift, const Tensor& places,
+                const std::optional<Tensor>& turns, bool is_neox) {
+  const ShiftParams params = shift_params({out, entry, shift, places, turns, is_neox});
+  if (params.tokens * params.heads * params.dim == 0) return;
+  const RowsPlan plan = cuda::plan_shift(params);
+  device.vectors = plan.vectors;
+  cuda::choose_shift_kernel(params, plan, ShiftLaunch{params, plan});
+}
+
 struct AttentionLaunch {
   const AttentionParams& params;
   const AttentionPlan& plan;
@@ -100,6 +127,7 @@ void sparse_query_attention(const Tensor& out, const Tensor& query, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(vlcache_emulated, CPU, m) {
   m.impl("load_rows", TORCH_BOX(&load_rows));
   m.impl("save_rows", TORCH_BOX(&save_rows));
+  m.impl("shift_rows", TORCH_BOX(&shift_rows));
   m.impl("sparse_query_attention", TORCH_BOX(&sparse_query_attention));
 }
 

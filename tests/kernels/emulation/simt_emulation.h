@@ -33,12 +33,14 @@ inline float shuffle(float value, int lane) {
 
 inline float shuffle_xor(float value, int mask) { return shuffle(value, (thread_index() % 32) ^ mask); }
 
-inline Vec16 load_once(const void* from) {
+inline Vec16 load_piece(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulation::Block::current()->fail("an unaligned load of 16 bytes");
   Vec16 value;
   std::memcpy(&value, from, sizeof(value));
   return value;
 }
+
+inline Vec16 load_once(const void* from) { return load_piece(from); }
 
 inline void store(void* to, const Vec16& value) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::Block::current()->fail("an unaligned store of 16 bytes");
