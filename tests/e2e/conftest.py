@@ -67,34 +67,34 @@ def family(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture(scope="session")
 def exact_engine(start_engine: Start, family: Family) -> Engine:
     """float32, so that agreement is tight; a host tier of 32 MB, so that a few dozen pictures overflow it."""
-    return _watched(start_engine(f"float32-{family}", family, "float32", {"host_gib": 0.03}))
+    return watched(start_engine(f"float32-{family}", family, "float32", {"host_gib": 0.03}))
 
 
 @pytest.fixture(scope="session")
 def engine(start_engine: Start, family: Family) -> Engine:
     """bfloat16, as it is served; prefill in chunks that are smaller than an image, long ones in even smaller chunks."""
     limits = {"max_num_batched_tokens": 96, "long_prefill_token_threshold": 32}
-    return _watched(start_engine(f"bfloat16-{family}", family, "bfloat16", {}, **limits))
+    return watched(start_engine(f"bfloat16-{family}", family, "bfloat16", {}, **limits))
 
 
 @pytest.fixture
 def fresh(exact_engine: Engine) -> Iterator[Engine]:
     """The float32 engine with empty caches; afterwards nothing is pinned or under way."""
-    yield from _emptied(exact_engine)
+    yield from emptied(exact_engine)
 
 
 @pytest.fixture
 def fresh_bf16(engine: Engine) -> Iterator[Engine]:
     """The bfloat16 engine with empty caches; afterwards nothing is pinned or under way."""
-    yield from _emptied(engine)
+    yield from emptied(engine)
 
 
-def _watched(engine: Engine) -> Engine:
+def watched(engine: Engine) -> Engine:
     engine.call(inside.watch_counters)
     return engine
 
 
-def _emptied(engine: Engine) -> Iterator[Engine]:
+def emptied(engine: Engine) -> Iterator[Engine]:
     engine.forget()
     engine.call(inside.reset_store)
     engine.call(inside.count_encoder_runs)
