@@ -21,7 +21,7 @@ from grid_model.scenes import Question, Scene, ask, new_scene
 from bench.results import OUT, say, shown
 
 MODEL = Path(__file__).parent / "grid_model" / "model"
-SEED = 7
+SEED = 9
 QUESTIONS = 4  # of each group
 RATIO = 0.05
 # The groups whose answers under reuse must be plain vLLM's. The others are reported only: what they ask about is in no

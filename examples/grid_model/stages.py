@@ -97,11 +97,25 @@ FULL = [
     (1.0, kind(ALL, 4, shown=24, dense=4)),
     (0.5, kind(HARD, 4)),
 ]
+MOSTLY_COUNT = HARD | {"count": 10.0}
+LAST = [
+    (2.0, kind(COUNT, dense=4)),
+    (1.0, kind(COUNT, dense=4, filler=500)),
+    (1.0, kind(COUNT, dense=4, filler=50)),
+    (2.0, kind(MOSTLY_COUNT, 2, dense=4)),
+    (1.0, kind(MOSTLY_COUNT, 3, dense=4)),
+    (0.5, kind(MOSTLY_COUNT, 4, dense=4)),
+    (0.4, kind(NAMES, legend=4, dense=4, blind=True)),
+    (0.4, kind(NAMES, legend=4, filler=60)),
+    (0.4, kind(HARD, 2, legend=4, blind=True)),
+    (0.3, kind(HARD, 2, dense=2, filler=300)),
+]
 STAGES = [
     Stage("early", 320, EARLY, tokens=1024, rate=0.003),
     Stage("soon", 280, SOON, tokens=1024),
     Stage("mixed", 600, MIXED, tokens=1024),
     Stage("full", 550, FULL, last_rate=0.0001),
+    Stage("last", 310, LAST, questions=32, rate=0.003, last_rate=0.0001),
 ]
 
 
