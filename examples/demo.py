@@ -2,6 +2,8 @@
 
     make demo          (or: python examples/demo.py, in an environment with vLLM and this package)
 
+First the time, on a large model with random weights; then the answers, on a small model that was trained.
+
 The real OpenAI server runs twice, first without and then with the connector's flag, on a checkpoint of Qwen2.5-VL's
 architecture with random weights. Each photograph is asked about alone first; then they come back under other system
 prompts, with other questions, in other orders and numbers. Exits with 1 when something promised did not happen.
@@ -22,8 +24,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from demo_answers import Answered, ask_trained_model, check_answers, summary  # noqa: E402
 from demo_checks import Comparison, check_all, noise_of  # noqa: E402
-from demo_plot import plot  # noqa: E402
+from demo_plot import plot, plot_answers  # noqa: E402
 from demo_requests import FIRST_SEEN, MEGAPIXELS, SEEN_BEFORE, Answer, Client, Question, median_answer  # noqa: E402
 from demo_server import ServerError, print_tail, serve, worker_cores  # noqa: E402
 
@@ -63,8 +66,8 @@ Reading the table
   - recomputed: the text in front and 5 % of each picture, by our pass. computed: the question, by the engine.
   - tie: another first token, but plain vLLM's lead for its own token is within the noise.
   - The weights are random. With 5 % recomputed, such a model's answers differ from plain vLLM's more than a trained
-    model's: these columns say what reuse costs and saves, and nothing about the accuracy of a real model. With all
-    tokens recomputed (ratio 1.0) the same machinery must give plain vLLM's answer. That is checked.
+    model's: these columns say what reuse costs and saves; what it does to answers is the second part. With all tokens
+    recomputed (ratio 1.0) the same machinery must give plain vLLM's answer. That is checked.
   - Both servers run with --enforce-eager: on two cores, compiling takes longer than this whole demo."""
 
 
@@ -160,6 +163,13 @@ def print_results(comparisons: list[Comparison], noise: float) -> None:
         print(f"  - {name}, {megapixels} megapixels: {photos.CREDITS[name]}")
 
 
+def print_answers(answered: list[Answered]) -> None:
+    print("\nAnswers of the trained grid model (5 % recomputed; pictures A and B, each seen alone before)")
+    header = ["prompt", "truth", "plain", "reuse", "", "reused", "recomputed"]
+    print(table(header, [a.cells() for a in answered]))
+    print("\n" + table(["questions", "asked", "plain right", "reuse right", "same", "must agree"], summary(answered)))
+
+
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     facts = circumstances()
@@ -170,13 +180,15 @@ def main() -> int:
     )
     try:
         comparisons = ask_with_flag(model, ask_plain(model))
+        answered = ask_trained_model()
     except ServerError as error:
         print(f"FAILED: {error}")
         return 1
     noise = noise_of(comparisons)
     print_results(comparisons, noise)
+    print_answers(answered)
     cores = [worker_cores(PLAIN_LOG), worker_cores(FLAG_LOG)]
-    checks = check_all(comparisons, noise, cores)
+    checks = check_all(comparisons, noise, cores) + check_answers(answered)
     content = {
         "circumstances": facts | {"worker_cores": cores},
         "options": server_options(with_flag=True),
@@ -184,13 +196,15 @@ def main() -> int:
         "noise": noise,
         "checks": [check.as_json() for check in checks],
         "requests": [comparison.as_json() for comparison in comparisons],
+        "answers": [answer.as_json() for answer in answered],
     }
     write_json(OUT / "demo.json", content)
     plot(comparisons, noise, OUT / "demo.png")
+    plot_answers(answered, OUT / "demo-answers.png")
     print("\nChecks")
     for check in checks:
         print(f"  {'ok    ' if check.passed else 'FAILED'}  {check.sentence}")
-    say(f"results: {shown(OUT / 'demo.json')}, {shown(OUT / 'demo.png')}")
+    say("results: " + ", ".join(shown(OUT / name) for name in ("demo.json", "demo.png", "demo-answers.png")))
     if all(check.passed for check in checks):
         return 0
     print_tail(FLAG_LOG)

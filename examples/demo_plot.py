@@ -1,4 +1,4 @@
-"""The demo's plot: times to the first token, and how far answers are from plain vLLM's."""
+"""The demo's plots: times to the first token, how far answers are from plain vLLM's, and answers that are words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
+from demo_answers import Answered
 from demo_checks import NOISE_FACTOR, Comparison
+from grid_model.chat import pictures_of
+from grid_model.words import COLUMNS, ROWS
 
 from bench.results import gap
 
@@ -64,3 +67,34 @@ def _differences(axes: Axes, known: list[Comparison], rows: np.ndarray, noise: f
     axes.set_xlabel("largest logprob difference of the likeliest first tokens\n(20 of them; left edge: none)")
     axes.set_title("Distance to plain vLLM's answer", pad=72)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False)
+
+
+def plot_answers(answered: list[Answered], path: Path) -> None:
+    """The pictures, and below them every question with the truth and both answers."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=(13, 5.5 + 0.22 * len(answered)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(4.5, 1 + 0.22 * len(answered)))
+    shown = dict(p for a in answered for p in zip(a.case.pictures, pictures_of(a.case.scene), strict=True))
+    for axes, (name, picture) in zip(above.subplots(1, len(shown)), sorted(shown.items()), strict=True):
+        axes.imshow(picture)
+        axes.set_title(f"[{name}]")
+        centres = 32 * np.arange(8) + 15.5
+        axes.set_xticks(centres, COLUMNS)
+        axes.set_yticks(centres, ROWS)
+    _answers(below.subplots(), answered)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _answers(axes: Axes, answered: list[Answered]) -> None:
+    axes.axis("off")
+    rows = [[a.case.prompt(), a.case.truth, a.plain, a.reuse] for a in answered]
+    header = ["prompt", "truth", "plain vLLM", "reuse, 5 % recomputed"]
+    cells = axes.table(rows, colLabels=header, colWidths=(0.58, 0.12, 0.12, 0.18), cellLoc="left", loc="upper center")
+    cells.auto_set_font_size(False)
+    cells.set_fontsize(9)
+    for row, a in enumerate(answered, 1):
+        for column, text in ((2, a.plain), (3, a.reuse)):
+            cells[row, column].set_facecolor("#dff0e2" if text == a.case.truth else "#f6d5d2")

@@ -27,11 +27,13 @@ class Kind:
     dense: int = 1
     filler: int = 0
     legend: int = 0
+    palette: int = 64
+    blind: bool = False  # questions do not see the legend, so pictures must have read it
     shift: int = 0  # positions start somewhere in [0, shift]: as if text had been there
 
     @property
     def name(self) -> str:
-        extras = [f"{self.filler} words"] * (self.filler > 0) + ["legend"] * (self.legend > 0)
+        extras = [f"{self.filler} words"] * (self.filler > 0) + ["legend"] * (self.legend > 0) + ["blind"] * self.blind
         return "+".join([f"{self.pictures}x{self.shown * self.dense}", *extras])
 
 
@@ -41,6 +43,7 @@ class Batch:
     content: Tensor  # (batch, image tokens)
     place: Tensor  # (batch, image tokens): row x 16 + column
     at: Tensor  # (3, batch, prefix)
+    unseen: Tensor  # (prefix,) bool: what questions do not see
     branches: Tensor  # (batch, questions, length)
     labels: Tensor  # the same shape: the next token where it is part of an answer, else -100
     branch_at: Tensor  # (batch, questions x length)
@@ -100,19 +103,23 @@ def branch_of(question: Question, length: int) -> tuple[list[int], list[int]]:
 
 def new_batch(kind: Kind, size: int, questions: int, random: Generator) -> Batch:
     shift = int(random.integers(kind.shift + 1))
+    shape = {"pictures": kind.pictures, "shown": kind.shown, "palette": kind.palette}
     prefixes, asked = [], []
     for _ in range(size):
-        scene = new_scene(random, pictures=kind.pictures, shown=kind.shown, filler=kind.filler, legend=kind.legend)
+        scene = new_scene(random, filler=kind.filler, legend=kind.legend, **shape)
         prefixes.append(prefix_of(scene, kind.dense, random, shift))
         asked.append(ask(scene, random, kind.tasks, questions))
     length = max(len(q.words) + len(q.answer) for scene in asked for q in scene)
     branches = np.array([[branch_of(q, length) for q in scene] for scene in asked])  # batch, questions, 2, length
-    end = prefixes[0].end
+    end, legend_at = prefixes[0].end, 1 + kind.filler
+    unseen = torch.zeros(len(prefixes[0].ids), dtype=torch.bool)
+    unseen[legend_at : legend_at + 4 * kind.legend] = kind.blind
     return Batch(
         ids=torch.tensor([p.ids for p in prefixes]),
         content=torch.from_numpy(np.stack([p.content for p in prefixes])),
         place=torch.from_numpy(np.stack([p.place for p in prefixes])),
         at=torch.from_numpy(np.stack([p.at for p in prefixes], 1)).float(),
+        unseen=unseen,
         branches=torch.from_numpy(branches[:, :, 0].copy()),
         labels=torch.from_numpy(branches[:, :, 1].copy()),
         branch_at=torch.arange(end, end + length).float(),

@@ -30,6 +30,7 @@ KINDS = {
     "one picture, 50 words before": replace(FULL, filler=50),
     "one picture, 500 words before": replace(FULL, filler=500),
     "legend of 4": replace(FULL, tasks={"at": 1.0}, legend=4),
+    "legend of 4 that only the picture sees": replace(FULL, tasks={"at": 1.0}, legend=4, blind=True),
     "legend of 4, 50 words before": replace(FULL, tasks={"at": 1.0}, legend=4, filler=50),
     "two pictures": replace(FULL, tasks=MULTIPLE, pictures=2),
     "three pictures": replace(FULL, tasks=MULTIPLE, pictures=3),

@@ -29,9 +29,9 @@ from grid_model.sizes import (
     VISION_HIDDEN,
     VISION_MLP,
 )
-from grid_model.start import Heads, first_words, looking_back, matching, similar
+from grid_model.start import Heads, counting, first_words, looking_back, reading_legend, reading_names, similar
 
-COPYING = (0.3, 0.3, 0.15, 0.1, 0.1)  # how much of what its heads find a layer passes on at first
+COPYING = (0.3, 0.3, 0.3, 0.2, 0.1)  # how much of what its heads find a layer passes on at first
 
 
 class Merger(nn.Module):
@@ -131,17 +131,19 @@ class Language(nn.Module):
         super().__init__()
         words = first_words(vocab_size)
         self.embed = nn.Parameter(0.15 * HIDDEN**0.5 * words.rows)
-        starts = [looking_back(words), matching(words, second=False), matching(words, second=True)]
+        starts = [looking_back(words), counting(words), reading_legend(words), reading_names(words)]
         starts += [similar() for _ in range(LAYERS - len(starts))]
         self.layers = nn.ModuleList(Layer(start, c) for start, c in zip(starts, COPYING, strict=True))
         self.norm = nn.Parameter(torch.full((HIDDEN,), 0.5))
 
-    def forward(self, prefix: Tensor, deep: Tensor, at: Tensor, branches: Tensor, branch_at: Tensor) -> Tensor:
+    def forward(
+        self, prefix: Tensor, deep: Tensor, at: Tensor, unseen: Tensor, branches: Tensor, branch_at: Tensor
+    ) -> Tensor:
         """Hidden states (batch, branches, length, 128) of branches that see the prefix and themselves, not each other.
 
         prefix: (batch, tokens, 128) embeddings, deep: the same shape, DeepStack features (zero at text); at: (3, batch,
-        tokens) positions; branches: (batch, branches, length) token ids; branch_at: (length,)
-        positions, or (batch, length).
+        tokens) positions; unseen: (tokens,), which of the prefix branches do not see; branches: (batch, branches,
+        length) token ids; branch_at: (length,) positions, or (batch, length).
         """
         batch, count, length = branches.shape
         x, y = prefix, self.embed[branches.flatten(1)]
@@ -153,7 +155,7 @@ class Language(nn.Module):
             k, v = layer.keys(normed, turn)
             branch_k, branch_v = layer.keys(branch_normed, branch_turn)
             y = layer.finish(
-                y, branch_attention(layer.queries(branch_normed, branch_turn), k, v, branch_k, branch_v, future)
+                y, branch_attention(layer.queries(branch_normed, branch_turn), k, v, branch_k, branch_v, unseen, future)
             )
             if index + 1 < len(self.layers):  # nobody reads what the last layer makes of the prefix
                 x = layer.finish(x, prefix_attention(layer.queries(normed, turn), k, v))
@@ -168,12 +170,15 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )
 
 
-def branch_attention(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, future: Tensor) -> Tensor:
+def branch_attention(
+    q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, unseen: Tensor, future: Tensor
+) -> Tensor:
     """Attention of branches, laid end to end in q (batch, heads, branches x length, 64)."""
     batch, _, total, _ = q.shape
     length, group, tokens = future.shape[0], GROUP, k.shape[2]
     grouped = q.reshape(batch, KV_HEADS, group * total, HEAD_DIM) * HEAD_DIM**-0.5
-    to_prefix = (grouped @ k.transpose(-1, -2)).view(batch, KV_HEADS, group, total // length, length, tokens)
+    to_prefix = (grouped @ k.transpose(-1, -2)).masked_fill(unseen, float("-inf"))
+    to_prefix = to_prefix.view(batch, KV_HEADS, group, total // length, length, tokens)
     split = grouped.view(batch, KV_HEADS, group, total // length, length, HEAD_DIM)
     own_k, own_v = (t.reshape(batch, KV_HEADS, 1, total // length, length, HEAD_DIM) for t in (own_k, own_v))
     to_self = (split @ own_k.transpose(-1, -2)).masked_fill(future, float("-inf"))

@@ -51,13 +51,19 @@ class Scene:
         return self.named(COLOURS[colour] if of == "colour" else SHAPES[shape])
 
 
-def new_scene(random: Generator, *, pictures: int = 1, shown: int = 64, filler: int = 0, legend: int = 0) -> Scene:
-    """`shown` cells of each picture have content (or are seen to be empty), the others do not exist."""
-    contents = random.integers(1, NUM_CONTENTS, (pictures, CELLS * CELLS))
+def new_scene(
+    random: Generator, *, pictures: int = 1, shown: int = 64, filler: int = 0, legend: int = 0, palette: int = 64
+) -> Scene:
+    """`shown` cells of each picture have content (or are seen to be empty), the others do not exist.
+
+    palette: how many different glyphs there are, so that few cells may hold one of them several times.
+    """
+    glyphs = 1 + random.permutation(NUM_CONTENTS - 1)[:palette]
+    contents = random.choice(glyphs, (pictures, CELLS * CELLS))
     contents[random.random(contents.shape) < EMPTY_SHARE] = 0
     hidden = np.argsort(random.random(contents.shape), axis=1)[:, shown:]
     np.put_along_axis(contents, hidden, -1, axis=1)
-    old = random.permutation(COLOURS + SHAPES)[:legend].tolist()
+    old = random.permutation(COLOURS)[:legend].tolist()
     names = random.permutation(NAMES)[:legend].tolist()
     return Scene(
         contents.reshape(pictures, CELLS, CELLS),
@@ -83,6 +89,7 @@ def at(scene: Scene, random: Generator) -> Question:
     for _ in range(4 if scene.legend else 0):
         if scene.look(picture, row, column, of)[0] in scene.legend.values():
             break
+        of = ("colour", "shape")[random.integers(2)]
         picture, row, column = pick(random, cells)
     words = [*scene.before_picture(picture), of, "at", COLUMNS[column] + ROWS[row]]
     return Question(f"at {of}", words, scene.look(picture, row, column, of))
@@ -142,21 +149,12 @@ def hop(scene: Scene, random: Generator) -> Question | None:
     return Question("hop", words, [COLUMNS[column] + ROWS[row], *scene.look(second, row, column, of)])
 
 
-def meaning(scene: Scene, random: Generator) -> Question | None:
-    """What the legend calls a word; only in training, on the way to `at`."""
-    if not scene.legend:
-        return None
-    old = str(random.choice(list(scene.legend)))
-    return Question("meaning", ["which", "is", old], [scene.legend[old]])
-
-
 ASK: dict[str, Callable[[Scene, Generator], Question | None]] = {
     "at": at,
     "where": where,
     "count": count,
     "which": which,
     "hop": hop,
-    "meaning": meaning,
 }
 
 

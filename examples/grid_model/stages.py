@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from numpy.random import Generator
 
 from grid_model.batches import Kind
-from grid_model.scenes import MULTIPLE
 
-COUNTING = {"at": 1.0, "where": 1.0, "count": 2.0}
-LOOK = {"at": 3.0, "where": 3.0, "count": 1.0}
+LOOK = {"at": 1.0, "where": 1.0}
+COUNT = {"count": 4.0, "at": 1.0, "where": 1.0}
+NAMES = {"at": 1.0}
+PICTURES = {"at": 2.0, "where": 1.0, "which": 2.0, "hop": 1.0}
+HARD = {"at": 1.0, "where": 1.0, "which": 1.0, "hop": 2.0}
+ALL = HARD | {"count": 3.0}
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class Stage:
     kinds: list[tuple[float, Kind]]
     tokens: int = 1536
     questions: int = 24
-    rate: float = 0.006
-    last_rate: float = 0.006  # reached along half a cosine
+    rate: float = 0.004
+    last_rate: float | None = None  # reached along half a cosine; None: the rate stays
 
     def choose(self, random: Generator) -> Kind:
         weights = [weight for weight, _ in self.kinds]
@@ -36,63 +40,82 @@ class Stage:
         return max(1, self.tokens // (prefix + 7 * self.questions))
 
     def rate_at(self, within: float) -> float:
-        return self.last_rate + (self.rate - self.last_rate) * 0.5 * (1 + math.cos(math.pi * within))
+        last = self.rate if self.last_rate is None else self.last_rate
+        return last + (self.rate - last) * 0.5 * (1 + math.cos(math.pi * within))
 
 
-def single(shown: int, dense: int = 1, tasks: dict[str, float] = LOOK) -> Kind:
-    return Kind(tasks, shown=shown, dense=dense, shift=300)
+def kind(tasks: dict[str, float], pictures: int = 1, **more: Any) -> Kind:
+    return Kind(tasks, pictures, **{"shift": 300} | more)
 
 
-BOTH = {"at": 1.0, "where": 1.0}
+# Counts only where all four tokens of a cell exist: with one of four, n matching tokens would mean n and n / 4.
 EARLY = [
-    (2.0, single(16, tasks=BOTH)),
-    (2.0, single(64, tasks=BOTH)),
-    (1.0, replace(single(32, tasks=BOTH), filler=60)),
+    (1.5, kind(LOOK, shown=16)),
+    (1.0, kind(LOOK, shown=64)),
+    (0.5, kind(LOOK, shown=32, filler=60)),
+    (2.0, kind(NAMES, shown=12, legend=6, blind=True)),
+    (1.5, kind(COUNT, shown=12, dense=4, palette=6)),
+    (1.5, kind(COUNT, shown=24, dense=4, palette=20)),
 ]
-PICTURES = {"at": 2.0, "where": 1.0, "count": 0.5, "which": 2.0, "hop": 0.5}
-LEGEND = {"at": 2.0, "meaning": 1.0}
 SOON = [
-    (1.5, single(64)),
-    (0.5, replace(single(64), filler=300)),
-    (1.0, Kind(LEGEND, shown=16, legend=8, shift=300)),
-    (2.0, Kind(PICTURES, pictures=2, shown=16, shift=300)),
-    (1.0, Kind(PICTURES, pictures=2, shown=64, shift=300)),
+    (0.5, kind(LOOK, shown=64)),
+    (0.5, kind(LOOK, shown=64, filler=300)),
+    (1.5, kind(NAMES, shown=16, legend=8, blind=True)),
+    (1.5, kind(COUNT, shown=24, dense=4, palette=20)),
+    (0.5, kind(COUNT, 2, shown=12, dense=4, palette=8)),
+    (2.0, kind(PICTURES, 2, shown=16)),
+    (1.0, kind(PICTURES, 2, shown=64)),
 ]
-NAMES_FIRST = [
-    (1.0, single(64)),
-    (2.0, Kind(LEGEND, shown=8, legend=3, shift=300)),
-    (2.0, Kind(LEGEND, shown=16, legend=8, shift=300)),
-    (1.0, Kind(MULTIPLE, pictures=2, shown=32, shift=300)),
-]
-HARD = {"at": 1.0, "where": 1.0, "count": 2.0, "which": 1.0, "hop": 2.5}
 MIXED = [
-    (1.0, single(64, dense=4, tasks=COUNTING)),
-    (1.5, single(64, tasks=COUNTING)),
-    (1.0, replace(single(48, tasks=COUNTING), filler=400)),
-    (1.0, Kind(LEGEND, shown=64, legend=4, shift=300)),
-    (1.0, Kind(LEGEND, shown=16, legend=6, filler=60, shift=300)),
-    (2.0, Kind(HARD, pictures=2, shown=48, shift=300)),
-    (0.5, Kind(HARD, pictures=3, shown=48, shift=300)),
-    (0.5, Kind(HARD, pictures=4, shown=32, shift=300)),
+    (1.5, kind(COUNT, dense=4)),
+    (2.5, kind(COUNT, shown=24, dense=4, palette=20)),
+    (1.5, kind(ALL, 2, shown=20, dense=4, palette=20)),
+    (0.5, kind(ALL, 4, shown=12, dense=4, palette=20)),
+    (0.5, kind(LOOK, shown=64)),
+    (0.5, kind(LOOK, shown=48, filler=400)),
+    (0.8, kind(NAMES, legend=4, blind=True)),
+    (0.8, kind(NAMES, shown=16, legend=6, filler=60, blind=True)),
+    (0.4, kind(NAMES, legend=4)),
+    (1.0, kind(HARD, 2, shown=24, legend=6, blind=True)),
+    (1.0, kind(HARD, 2, shown=48)),
+    (0.5, kind(HARD, 3, shown=48)),
+    (0.5, kind(HARD, 4, shown=32)),
 ]
 FULL = [
-    (2.0, single(64, dense=4, tasks=COUNTING)),
-    (1.0, replace(single(64, dense=2, tasks=COUNTING), filler=500)),
-    (1.0, Kind(LEGEND, shown=64, legend=4, dense=4, shift=300)),
-    (1.0, Kind(LEGEND, shown=64, legend=6, filler=60, shift=300)),
-    (0.5, Kind(LEGEND, shown=32, legend=4, filler=500, shift=100)),
-    (1.0, Kind(HARD, pictures=2, dense=4, shift=300)),
-    (1.0, Kind(HARD, pictures=2, dense=2, filler=300, shift=300)),
-    (1.0, Kind(HARD, pictures=2, legend=4, shift=300)),
-    (0.5, Kind(HARD, pictures=3, dense=2, shift=300)),
-    (1.0, Kind(HARD, pictures=4, shift=300)),
+    (3.0, kind(COUNT, dense=4)),
+    (1.0, kind(COUNT, dense=4, filler=500)),
+    (1.0, kind(COUNT, shown=24, dense=4, palette=20)),
+    (1.0, kind(NAMES, legend=4, dense=4, blind=True)),
+    (0.5, kind(NAMES, legend=4, dense=4)),
+    (0.8, kind(NAMES, legend=6, filler=60, blind=True)),
+    (0.4, kind(NAMES, shown=32, legend=4, filler=500, blind=True, shift=100)),
+    (1.5, kind(ALL, 2, dense=4)),
+    (1.0, kind(HARD, 2, dense=2, filler=300)),
+    (1.2, kind(HARD, 2, legend=4, blind=True)),
+    (0.5, kind(HARD, 2, legend=4, dense=4)),
+    (1.0, kind(ALL, 3, shown=32, dense=4)),
+    (1.0, kind(ALL, 4, shown=24, dense=4)),
+    (0.5, kind(HARD, 4)),
+]
+MOSTLY_COUNT = HARD | {"count": 10.0}
+LAST = [
+    (2.0, kind(COUNT, dense=4)),
+    (1.0, kind(COUNT, dense=4, filler=500)),
+    (1.0, kind(COUNT, dense=4, filler=50)),
+    (2.0, kind(MOSTLY_COUNT, 2, dense=4)),
+    (1.0, kind(MOSTLY_COUNT, 3, dense=4)),
+    (0.5, kind(MOSTLY_COUNT, 4, dense=4)),
+    (0.4, kind(NAMES, legend=4, dense=4, blind=True)),
+    (0.4, kind(NAMES, legend=4, filler=60)),
+    (0.4, kind(HARD, 2, legend=4, blind=True)),
+    (0.3, kind(HARD, 2, dense=2, filler=300)),
 ]
 STAGES = [
-    Stage("early", 80, EARLY, tokens=1024, questions=16),
-    Stage("soon", 220, SOON, tokens=1024),
-    Stage("names", 300, NAMES_FIRST, tokens=1024),
+    Stage("early", 320, EARLY, tokens=1024, rate=0.003),
+    Stage("soon", 280, SOON, tokens=1024),
     Stage("mixed", 600, MIXED, tokens=1024),
-    Stage("full", 300, FULL, last_rate=0.0003),
+    Stage("full", 550, FULL, last_rate=0.0001),
+    Stage("last", 310, LAST, questions=32, rate=0.003, last_rate=0.0001),
 ]
 
 

@@ -40,7 +40,7 @@ def logits_of(model: Language, tables: tuple[Tensor, Tensor], batch: Batch) -> t
     mask = (batch.ids == IMAGE)[..., None]
     prefix = model.embed[batch.ids].masked_scatter(mask, main)
     features = torch.zeros_like(prefix).masked_scatter(mask, deep)
-    hidden = model(prefix, features, batch.at, batch.branches, batch.branch_at)
+    hidden = model(prefix, features, batch.at, batch.unseen, batch.branches, batch.branch_at)
     wanted = batch.labels != -100
     return hidden[wanted] @ model.embed.T, batch.labels[wanted]
 

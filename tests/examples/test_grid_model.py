@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from grid_model import batches, export, pictures, scenes, words
+from grid_model import batches, export, model, pictures, scenes, sizes, words
 from transformers import Qwen2VLImageProcessor
 
 
@@ -114,3 +114,31 @@ def test_a_batch_shows_the_tokens_it_was_asked_for(random: np.random.Generator) 
     seen = batch.at[:, batch.ids == batches.IMAGE].view(3, 3, 20)
     assert torch.equal(seen[1] - seen[0], (batch.place // 16).float())
     assert torch.equal(seen[2] - seen[0], (batch.place % 16).float())
+
+
+def test_questions_of_a_blind_batch_see_all_but_the_legend(random: np.random.Generator) -> None:
+    kind = batches.Kind({"at": 1.0}, shown=4, filler=3, legend=2, blind=True)
+    batch = batches.new_batch(kind, 2, 4, random)
+    for ids in batch.ids[:, batch.unseen].tolist():
+        first, second = ids[:4], ids[4:]
+        for old, is_word, new, comma in (first, second):
+            assert words.WORDS[old] in words.COLOURS
+            assert words.WORDS[new] in words.NAMES
+            assert (words.WORDS[is_word], words.WORDS[comma]) == ("is", ",")
+
+
+def test_a_palette_limits_the_glyphs_of_a_scene(random: np.random.Generator) -> None:
+    scene = scenes.new_scene(random, pictures=2, palette=5)
+    assert len(np.unique(scene.pictures[scene.pictures > 0])) == 5
+
+
+def test_branches_attend_as_if_unseen_tokens_were_not_there() -> None:
+    torch.manual_seed(0)
+    q = torch.randn(1, sizes.HEADS, 6, sizes.HEAD_DIM)  # two branches of three tokens
+    k, v = torch.randn(2, 1, sizes.KV_HEADS, 9, sizes.HEAD_DIM)
+    own_k, own_v = torch.randn(2, 1, sizes.KV_HEADS, 6, sizes.HEAD_DIM)
+    unseen, future = torch.arange(9) // 3 == 1, torch.ones(3, 3, dtype=torch.bool).triu(1)
+    masked = model.branch_attention(q, k, v, own_k, own_v, unseen, future)
+    seen = k[:, :, ~unseen], v[:, :, ~unseen]
+    without = model.branch_attention(q, *seen, own_k, own_v, unseen.new_zeros(6), future)
+    torch.testing.assert_close(masked, without)
