@@ -16,6 +16,7 @@ NAN, INF = math.nan, math.inf
 
 # option -> good values, bad values, what the message must say is allowed
 OPTIONS: dict[str, tuple[list[Any], list[Any], str]] = {
+    "mode": (["reuse", "exact", "off"], ["Reuse", "", None, 0, True, ["off"]], "off"),
     "policy": (sorted(POLICIES), ["Leading", "", None, 1, True, ["leading"], {"a": 1}], "leading"),
     "recompute_ratio": (
         [0, 1, 0.0, 1.0, 0.05, 1e-300],
@@ -71,6 +72,7 @@ def test_the_tables_of_this_file_know_every_option() -> None:
 
 def test_an_empty_configuration_gives_the_documented_defaults() -> None:
     assert asdict(Options.parse({})) == {
+        "mode": "reuse",
         "policy": "leading",
         "recompute_ratio": 0.05,
         "host_gib": 4.0,
@@ -164,6 +166,16 @@ def test_each_mode_is_read(mode: Mode) -> None:
     parsed = RequestOptions.parse({"mode": str(mode)}, 0.2)
     assert parsed == RequestOptions(mode, 0.2)
     assert type(parsed.mode) is Mode
+
+
+@pytest.mark.parametrize("most", list(Mode))
+@pytest.mark.parametrize("asked", [None, *Mode])
+def test_no_request_gets_more_than_the_engine_allows(asked: Mode | None, most: Mode) -> None:
+    raw = {} if asked is None else {"mode": str(asked)}
+    order = ["off", "exact", "reuse"]
+    got = RequestOptions.parse(raw, 0.2, most).mode
+    assert order.index(got) == min(order.index(asked or "reuse"), order.index(most))
+    assert type(got) is Mode
 
 
 @pytest.mark.parametrize("ratio", OPTIONS["recompute_ratio"][0])

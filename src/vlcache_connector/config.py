@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vlcache_connector.errors import OptionError
-from vlcache_connector.policy import POLICIES
+from vlcache_connector.policy import POLICIES, policy_of
 from vlcache_connector.types import KINDS, MODALITIES, Mode
 
 ATTENTION = ("engine", "vlcache", "xformers")
@@ -20,8 +20,10 @@ CLASSES = (*KINDS, *MODALITIES, "tenant")
 class Options:
     """All options of the connector. An empty dictionary is a valid configuration."""
 
+    mode: Mode = Mode.REUSE
+    """The most that a request may ask for: "reuse"; "exact"; "off" switches everything off, whatever requests say."""
     policy: str = "leading"
-    """Which tokens of a reused span are recomputed: one of `POLICIES`."""
+    """Which tokens of a reused span are recomputed: one of `POLICIES`, or "module:Class" of your own."""
     recompute_ratio: float = 0.05
     """Share of a span's tokens to recompute, in [0, 1]; at least one token is recomputed when it is above 0."""
     host_gib: float = 4.0
@@ -55,7 +57,11 @@ class Options:
     """File in which look-ups, inserts and evictions are recorded, for `vlcache simulate`."""
 
     def __post_init__(self) -> None:
-        _check("policy", self.policy, lambda v: isinstance(v, str) and v in POLICIES, f"one of {sorted(POLICIES)}")
+        _check("mode", self.mode, lambda v: v in list(Mode), f"one of {[str(m) for m in Mode]}")
+        object.__setattr__(self, "mode", Mode(self.mode))
+        policies = f"one of {sorted(POLICIES)} or 'module:Class'"
+        _check("policy", self.policy, lambda v: isinstance(v, str) and (v in POLICIES or ":" in v), policies)
+        policy_of(self.policy)
         _check("recompute_ratio", self.recompute_ratio, _is_ratio, "a number from 0 to 1")
         _check("host_gib", self.host_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
         _check("disk_path", self.disk_path, _is_path, "a folder")
@@ -94,10 +100,13 @@ class RequestOptions:
     """Whether the response carries the plan as well."""
 
     @classmethod
-    def parse(cls, raw: Any, default_ratio: float) -> "RequestOptions":
-        """From the value of `kv_transfer_params["vlcache"]`, None when absent. Raises `OptionError`."""
+    def parse(cls, raw: Any, default_ratio: float, most: Mode = Mode.REUSE) -> "RequestOptions":
+        """From the value of `kv_transfer_params["vlcache"]`, None when absent. Raises `OptionError`.
+
+        `most` is the engine's mode: a request gets that or less.
+        """
         if raw is None:
-            return cls(recompute_ratio=default_ratio)
+            return cls(most, default_ratio)
         if not isinstance(raw, Mapping):
             raise OptionError(f'kv_transfer_params["vlcache"] is {raw!r}; expected an object with "mode"')
         _check_keys('kv_transfer_params["vlcache"]', raw, ["mode", "recompute_ratio", "explain"])
@@ -107,7 +116,7 @@ class RequestOptions:
         _check("mode", mode, lambda v: v in list(Mode), f"one of {[str(m) for m in Mode]}")
         _check("recompute_ratio", ratio, _is_ratio, "a number from 0 to 1")
         _check("explain", explain, lambda v: isinstance(v, bool), "true or false")
-        return cls(Mode(mode), float(ratio), explain)
+        return cls(max(Mode(mode), most, key=list(Mode).index), float(ratio), explain)
 
 
 def _check_keys(where: str, keys: Iterable[Any], known: list[str], noun: str = "option") -> None:

@@ -20,7 +20,7 @@ from vlcache_connector.engine.saves import SavePlanner
 from vlcache_connector.engine.session import SchedulerSession, locked
 from vlcache_connector.plan.costs import estimate
 from vlcache_connector.plan.planner import plan_reuse
-from vlcache_connector.policy import POLICIES
+from vlcache_connector.policy import policy_of
 from vlcache_connector.types import Mode, Reason, ReusePlan, Span
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class VLCacheScheduler:
         self._session = session
         self._session.has_kv, self._session.unsupported = True, unsupported
         self._options = session.options
-        self._policy = POLICIES[self._options.policy]
+        self._policy = policy_of(self._options.policy)
         self._block_size = block_size
         has_prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
         self._chains = Chains(self._policy.name, block_size, has_prefix_cache)
@@ -63,8 +63,7 @@ class VLCacheScheduler:
 
     @locked
     def on_new_request(self, request: "Request") -> None:
-        options = self._options
-        state = describe(request, self._session.keys, options.recompute_ratio, options.trust_client_uuids)
+        state = describe(request, self._session.keys, self._options)
         self._states[request.request_id] = state
         if state.declined is not None:
             self._tell(state.declined, state.error)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vlcache_connector.config import RequestOptions
+from vlcache_connector.config import Options, RequestOptions
 from vlcache_connector.engine.debug import LoadRecord
 from vlcache_connector.engine.namespace import Chain
 from vlcache_connector.engine.support import feature_reason, request_reason
@@ -114,20 +114,20 @@ class RequestState:
         return explained
 
 
-def describe(request: "Request", keys: KeySpace, default_ratio: float, trust_client_uuids: bool) -> RequestState:
+def describe(request: "Request", keys: KeySpace, engine: Options) -> RequestState:
     """Read a new request. Bad options make it a request in mode `off` that carries the error."""
     params = request.kv_transfer_params
     raw = params.get(PARAMS_KEY) if isinstance(params, dict) else None
     reports = bool(request.mm_features) or raw is not None
     try:
-        options = RequestOptions.parse(raw, default_ratio)
+        options = RequestOptions.parse(raw, engine.recompute_ratio, engine.mode)
     except OptionError as error:
-        off = RequestOptions(Mode.OFF, default_ratio)
+        off = RequestOptions(Mode.OFF, engine.recompute_ratio)
         return RequestState(request, off, Reason.INVALID_OPTIONS, str(error), reports=reports)
     reason = Reason.MODE if options.mode is Mode.OFF else request_reason(request)
     state = RequestState(request, options, reason, reports=reports)
     if reason is None:
-        _find_spans(state, keys, trust_client_uuids)
+        _find_spans(state, keys, engine.trust_client_uuids)
     return state
 
 
