@@ -27,7 +27,7 @@ url=http://127.0.0.1:$port
     "kv_connector_extra_config": {"recompute_ratio": 0.05, "host_gib": 2}}' "$@" &
 server=$!
 folder=$(mktemp --directory)
-trap 'kill -INT $server 2>/dev/null || true; wait $server || true; rm -r "$folder"' EXIT
+trap 'kill $server 2>/dev/null || true; wait $server || true; rm -r "$folder"' EXIT
 
 until curl --silent --fail --output /dev/null "$url/health"; do
   kill -0 $server 2>/dev/null || { echo "the server ended while it started" >&2; exit 1; }
