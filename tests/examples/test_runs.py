@@ -103,8 +103,8 @@ def test_a_conversation_reuses_photographs_of_an_earlier_one(
     command = [sys.executable, str(EXAMPLES / "multi_turn.py"), "--url", served[1]]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-4000:]
-    # Both photographs in the second conversation, and one again when its oldest turn was dropped; besides, pictures whose
-    # last tokens lie behind the last full block of a prefix hit.
+    # Both photographs in the second conversation, and one again when its oldest turn was dropped; besides, pictures
+    # whose last tokens lie behind the last full block of a prefix hit.
     assert encoder_runs_saved(answer.stdout) >= 3
 
 
