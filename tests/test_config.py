@@ -17,6 +17,7 @@ ENGINE = Options(policy="full", recompute_ratio=0.2)
 
 # option -> good values, bad values, what the message must say is allowed
 OPTIONS: dict[str, tuple[list[Any], list[Any], str]] = {
+    "mode": (["reuse", "exact", "off"], ["Reuse", "", None, 0, True, ["off"]], "off"),
     "policy": (sorted(POLICIES), ["Leading", "", None, 1, True, ["leading"], {"a": 1}], "leading"),
     "recompute_ratio": (
         [0, 1, 0.0, 1.0, 0.05, 1e-300],
@@ -73,6 +74,7 @@ def test_the_tables_of_this_file_know_every_option() -> None:
 
 def test_an_empty_configuration_gives_the_documented_defaults() -> None:
     assert asdict(Options.parse({})) == {
+        "mode": "reuse",
         "policy": "shifted",
         "recompute_ratio": 0.05,
         "recompute_tokens": None,
@@ -169,6 +171,16 @@ def test_each_mode_is_read(mode: Mode) -> None:
     assert type(parsed.mode) is Mode
 
 
+@pytest.mark.parametrize("most", list(Mode))
+@pytest.mark.parametrize("asked", [None, *Mode])
+def test_no_request_gets_more_than_the_engine_allows(asked: Mode | None, most: Mode) -> None:
+    raw = {} if asked is None else {"mode": str(asked)}
+    order = ["off", "exact", "reuse"]
+    got = RequestOptions.parse(raw, Options(mode=most)).mode
+    assert order.index(got) == min(order.index(asked or "reuse"), order.index(most))
+    assert type(got) is Mode
+
+
 @pytest.mark.parametrize("ratio", OPTIONS["recompute_ratio"][0])
 def test_a_request_sets_its_own_ratio(ratio: float) -> None:
     parsed = RequestOptions.parse({"recompute_ratio": ratio}, ENGINE)
@@ -182,6 +194,17 @@ def test_a_bad_mode_is_an_error_that_lists_the_modes(mode: Any) -> None:
     assert "'mode'" in message
     assert repr(mode) in message
     assert all(repr(str(each)) in message.partition("allowed:")[2] for each in Mode)
+
+
+def test_a_request_names_a_policy_of_the_package_or_the_engines_own() -> None:
+    for name in POLICIES:
+        assert RequestOptions.parse({"policy": name}, ENGINE).policy == name
+
+
+@pytest.mark.parametrize("policy", ["leadin", "os:getcwd", "", None, 1, ["full"]], ids=repr)
+def test_a_request_cannot_name_any_other_policy_least_of_all_a_module(policy: Any) -> None:
+    message = message_of(lambda: RequestOptions.parse({"policy": policy}, ENGINE))
+    assert "'policy'" in message and repr(policy) in message and "'shifted'" in message
 
 
 @pytest.mark.parametrize("ratio", OPTIONS["recompute_ratio"][1], ids=repr)

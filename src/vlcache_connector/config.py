@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vlcache_connector.errors import OptionError
-from vlcache_connector.policy import POLICIES
+from vlcache_connector.policy import POLICIES, policy_of
 from vlcache_connector.types import KINDS, MODALITIES, Mode
 
 ATTENTION = ("engine", "vlcache", "xformers")
@@ -21,8 +21,10 @@ CLASSES = (*KINDS, *MODALITIES, "tenant")
 class Options:
     """All options of the connector. An empty dictionary is a valid configuration."""
 
+    mode: Mode = Mode.REUSE
+    """The most that a request may ask for: "reuse"; "exact"; "off" switches everything off, whatever requests say."""
     policy: str = DEFAULT_POLICY
-    """Which tokens of a reused span are recomputed: one of `POLICIES`."""
+    """Which tokens of a reused span are recomputed: one of `POLICIES`, or "module:Class" of your own."""
     recompute_ratio: float = DEFAULT_RATIO
     """Share of a span's tokens to recompute, in [0, 1]; at least one token is recomputed when it is above 0."""
     recompute_tokens: int | None = None
@@ -58,7 +60,11 @@ class Options:
     """File in which look-ups, inserts and evictions are recorded, for `vlcache simulate`."""
 
     def __post_init__(self) -> None:
-        _check("policy", self.policy, _is_policy, f"one of {sorted(POLICIES)}")
+        _check("mode", self.mode, lambda v: v in list(Mode), f"one of {[str(m) for m in Mode]}")
+        object.__setattr__(self, "mode", Mode(self.mode))
+        policies = f"one of {sorted(POLICIES)} or 'module:Class'"
+        _check("policy", self.policy, lambda v: isinstance(v, str) and (v in POLICIES or ":" in v), policies)
+        policy_of(self.policy)
         _check("recompute_ratio", self.recompute_ratio, _is_ratio, "a number from 0 to 1")
         _check("recompute_tokens", self.recompute_tokens, lambda v: v is None or _is_count(v), "a whole number from 1")
         _check("host_gib", self.host_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
@@ -100,8 +106,8 @@ class RequestOptions:
 
     @classmethod
     def parse(cls, raw: Any, engine: Options) -> "RequestOptions":
-        """From the value of `kv_transfer_params["vlcache"]`, None when absent; the engine's options are the defaults.
-        Raises `OptionError`.
+        """From the value of `kv_transfer_params["vlcache"]`, None when absent. The engine's options are the defaults,
+        and its mode is the most that a request gets. Raises `OptionError`.
         """
         if raw is None:
             raw = {}
@@ -113,10 +119,11 @@ class RequestOptions:
         ratio = raw.get("recompute_ratio", engine.recompute_ratio)
         explain = raw.get("explain", False)
         _check("mode", mode, lambda v: v in list(Mode), f"one of {[str(m) for m in Mode]}")
-        _check("policy", policy, _is_policy, f"one of {sorted(POLICIES)}")
+        known = sorted({*POLICIES, engine.policy})  # a client must not name modules to import
+        _check("policy", policy, lambda v: isinstance(v, str) and v in known, f"one of {known}")
         _check("recompute_ratio", ratio, _is_ratio, "a number from 0 to 1")
         _check("explain", explain, lambda v: isinstance(v, bool), "true or false")
-        return cls(Mode(mode), policy, float(ratio), explain)
+        return cls(max(Mode(mode), engine.mode, key=list(Mode).index), policy, float(ratio), explain)
 
 
 def _check_keys(where: str, keys: Iterable[Any], known: list[str], noun: str = "option") -> None:
@@ -131,10 +138,6 @@ def _check_keys(where: str, keys: Iterable[Any], known: list[str], noun: str = "
 def _check(name: str, value: Any, is_valid: Callable[[Any], bool], allowed: str) -> None:
     if not is_valid(value):
         raise OptionError(f"option {name!r} is {value!r}; allowed: {allowed}")
-
-
-def _is_policy(value: Any) -> bool:
-    return isinstance(value, str) and value in POLICIES
 
 
 def _is_number(value: Any) -> bool:

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class Mode(StrEnum):
-    """What one request agrees to."""
+    """What one request agrees to, and the most that an engine allows. Each includes what comes after it."""
 
     REUSE = "reuse"  # KV of known spans may be approximate
     EXACT = "exact"  # only true prefix hits; encoder embeddings (always exact) are still reused

@@ -28,6 +28,7 @@ from vlcache_connector.engine.session import (
     entry_layout,
     require_family,
 )
+from vlcache_connector.types import Mode
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,7 +57,7 @@ class VLCacheECConnector(ECConnectorBase):
             is_verified = not vllm_config.use_v2_model_runner
             if not is_verified:
                 logger.warning("VLCache stores no encoder outputs: %s", encoder_reason(vllm_config))
-            self._scheduler = ECScheduler(session, is_verified)
+            self._scheduler = ECScheduler(session, is_verified and session.options.mode is not Mode.OFF)
         else:
             self._worker = ECWorker(WORKERS.attach(self._instance, lambda: WorkerSession(vllm_config, options, layout)))
 

@@ -27,9 +27,10 @@ from vlcache_connector.engine.metadata import VLCacheMetadata, VLCacheWorkerMeta
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import SCHEDULERS, WORKERS, SchedulerSession, WorkerSession, entry_layout
 from vlcache_connector.engine.stats import VLCachePromMetrics, VLCacheStats
-from vlcache_connector.engine.support import engine_reason, warn_of_embedding_inputs
+from vlcache_connector.engine.support import SWITCHED_OFF, engine_reason, warn_of_embedding_inputs
 from vlcache_connector.errors import OptionError, VLCacheError
 from vlcache_connector.metrics import Counters
+from vlcache_connector.types import Mode
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,13 +56,14 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         options = Options.parse(self._kv_transfer_config.kv_connector_extra_config)
         self._instance = vllm_config.instance_id
-        self._reason = engine_reason(vllm_config, kv_cache_config)
+        is_off = options.mode is Mode.OFF
+        self._reason = SWITCHED_OFF if is_off else engine_reason(vllm_config, kv_cache_config)
         layout = entry_layout(vllm_config, kv_cache_config if self._reason is None else None)
         self._scheduler: VLCacheScheduler | None = None
         self._worker: VLCacheWorker | None = None
         self._owed = StepAnswers()  # for steps that the worker side could not work on at all
         self._counters = Counters()
-        is_known_family = family_of(vllm_config.model_config.architectures) is not None
+        has_entries = not is_off and family_of(vllm_config.model_config.architectures) is not None
         if role is KVConnectorRole.SCHEDULER:
             # A failed load must end as computation by the engine, not as a failed request (vLLM's default).
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
@@ -69,12 +71,12 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             session = SCHEDULERS.attach(self._instance, lambda: SchedulerSession(vllm_config, options, layout))
             self._counters = session.counters
             self._start_scheduler(vllm_config, kv_cache_config, session)
-        elif is_known_family:  # otherwise there is nothing to store, and no memory is taken
+        elif has_entries:  # otherwise there is nothing to store, and no memory is taken
             worker_session = WORKERS.attach(self._instance, lambda: WorkerSession(vllm_config, options, layout))
             worker_session.adopt(options, layout)
             self._counters = worker_session.counters
             self._start_worker(vllm_config, kv_cache_config, worker_session)
-        if is_known_family:
+        if has_entries:
             share_encoder_connector(vllm_config, is_worker=role is KVConnectorRole.WORKER)
 
     def _start_scheduler(

@@ -20,7 +20,7 @@ from vlcache_connector.engine.saves import SavePlanner
 from vlcache_connector.engine.session import SchedulerSession, locked
 from vlcache_connector.plan.costs import estimate
 from vlcache_connector.plan.planner import plan_reuse
-from vlcache_connector.policy import POLICIES
+from vlcache_connector.policy import POLICIES, policy_of
 from vlcache_connector.types import Mode, Reason, ReusePlan, Span
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class VLCacheScheduler:
         self._session = session
         self._session.has_kv, self._session.unsupported = True, unsupported
         self._options = session.options
+        self._policies = {**POLICIES, self._options.policy: policy_of(self._options.policy)}
         self._block_size = block_size
         has_prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
         self._chains = Chains(block_size, has_prefix_cache)
@@ -219,7 +220,7 @@ class VLCacheScheduler:
             state.available,
             state.request.num_tokens,
             num_local,
-            POLICIES[state.options.policy],
+            self._policies[state.options.policy],
             state.options.recompute_ratio,
             self._options.min_reuse_tokens,
             self._options.recompute_tokens,

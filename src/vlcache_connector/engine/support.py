@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+SWITCHED_OFF = 'the option "mode" is "off"'
+
 
 def engine_reason(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> str | None:
     """Why this engine's requests cannot reuse KV, as a sentence for the log; None when they can."""

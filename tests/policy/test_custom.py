@@ -1,0 +1,77 @@
+"""Policies from outside of this package, named by the option `policy`."""
+
+from pathlib import Path
+
+import pytest
+
+from vlcache_connector.config import Options
+from vlcache_connector.errors import OptionError
+from vlcache_connector.policy import POLICIES, policy_of
+from vlcache_connector.types import Run
+
+MODULE = """
+from vlcache_connector.types import Run
+
+class Last:
+    name = "last"
+    shifts = False
+    def recompute(self, length, ratio):
+        count = round(ratio * length)
+        return (Run(length - count, length),) if count else ()
+
+class Beyond(Last):
+    def recompute(self, length, ratio):
+        return (Run(0, length + 1),)
+
+class Unsorted(Last):
+    def recompute(self, length, ratio):
+        return (Run(1, 2), Run(0, 1)) if length > 1 else ()
+
+class Empty(Last):
+    def recompute(self, length, ratio):
+        return (Run(0, 0),)
+
+class Nameless(Last):
+    name = None
+
+class Raising(Last):
+    def recompute(self, length, ratio):
+        raise ZeroDivisionError("no")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "policies_of_a_user.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_policy_of_the_user_is_loaded_by_its_path() -> None:
+    options = Options.parse({"policy": "policies_of_a_user:Last"})
+    policy = policy_of(options.policy)
+    assert policy.name == "last"
+    assert policy.recompute(100, 0.05) == (Run(95, 100),)
+
+
+def test_names_of_the_table_are_not_looked_for_elsewhere() -> None:
+    assert all(policy_of(name) is policy for name, policy in POLICIES.items())
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("policies_of_nobody:Last", "No module named 'policies_of_nobody'"),
+        ("policies_of_a_user:First", "no attribute 'First'"),
+        ("policies_of_a_user:Run", "missing 2 required positional arguments"),
+        (":Last", "ValueError"),
+        ("policies_of_a_user:Beyond", "recompute(1, 0.0) gives (Run(start=0, end=2),)"),
+        ("policies_of_a_user:Unsorted", "not sorted"),
+        ("policies_of_a_user:Empty", "non-empty"),
+        ("policies_of_a_user:Nameless", "name is not a string"),
+        ("policies_of_a_user:Raising", "ZeroDivisionError: no"),
+    ],
+)
+def test_a_policy_that_cannot_serve_stops_the_engine_with_a_sentence(path: str, said: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Options.parse({"policy": path})
+    assert repr(path) in str(caught.value) and said in str(caught.value)
