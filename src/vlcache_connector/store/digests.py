@@ -1,11 +1,11 @@
 """Digests of what leaves the host tier: every byte is hashed while it moves. I/O side of the scheduler process.
 
 Work goes in pieces: one that was just moved is still in the processor's cache when it is hashed, and several threads
-can share one part. Pieces are hashed by AES-GMAC, several times as fast as any cryptographic hash, under a key that follows
-from the entry's: bytes of another entry fail as altered ones do. It guards against accidents, as blake3 would here.
+can share one part. Pieces are hashed by AES-GMAC, several times as fast as any cryptographic hash, under a key that
+follows from the entry's: bytes of another entry fail as altered ones do. It guards against accidents, as blake3 would.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -16,9 +16,6 @@ from vlcache_connector.store.base import Part
 PIECE_NBYTES = 512 * 1024  # part of the format: see `digest_of`
 _CONTEXT = "vlcache-connector 2026 digests of pieces"  # part of the format, as is the nonce
 _NONCE = bytes(12)
-
-Move = Callable[[memoryview, int], None]
-"""Moves a piece; the second argument is where it lies, counted from the first part."""
 
 
 def digest_of(piece_digests: Sequence[bytes]) -> str:
@@ -62,11 +59,10 @@ class Pieces:
     def all(self) -> list[Piece]:
         return [piece for pieces in self._by_part for piece in pieces]
 
-    def move(self, move: Move, piece: Piece) -> None:
-        """Move and hash it. Different pieces may be moved by different threads."""
-        move(piece.buffer, piece.at)
+    def hash(self, piece: Piece) -> None:
+        """What its buffer holds now. Different pieces may be hashed by different threads."""
         piece.digest = self._hashed(piece.buffer)
 
     def digests(self) -> tuple[str, ...]:
-        """Of the parts, once all pieces were moved."""
+        """Of the parts, once all pieces were hashed."""
         return tuple(digest_of([piece.digest for piece in pieces]) for pieces in self._by_part)

@@ -7,7 +7,7 @@ from functools import partial
 from stat import S_ISREG
 
 from vlcache_connector.store.base import EntryLostError, EntryMeta, Part
-from vlcache_connector.store.digests import PIECE_NBYTES, PieceHash, Pieces, digest_of
+from vlcache_connector.store.digests import PIECE_NBYTES, Piece, PieceHash, Pieces, digest_of
 from vlcache_connector.store.disk.format import (
     LENGTH_NBYTES,
     MAX_HEADER_NBYTES,
@@ -33,10 +33,11 @@ class Shard:
     def tasks(self, move: Callable[[int, memoryview, int], None], start: int) -> list[Callable[[], None]]:
         """`move(fd, piece, offset in the file)` and hash each piece; the parts begin at `start`."""
 
-        def moved(piece: memoryview, at: int) -> None:
-            move(self.fd, piece, start + at)
+        def task(piece: Piece) -> None:
+            move(self.fd, piece.buffer, start + piece.at)
+            self._pieces.hash(piece)
 
-        return [partial(self._pieces.move, moved, piece) for piece in self._pieces.all]
+        return [partial(task, piece) for piece in self._pieces.all]
 
 
 def header_of(meta: EntryMeta, rank: int, world_size: int, parts: Sequence[Part]) -> Header:
