@@ -15,7 +15,6 @@ import pytest
 from redis_server import needs_redis, running
 from store.remote_tiers import needs_lmcache, resp
 from vlcache_connector.errors import OptionError
-from vlcache_connector.store.remote import interface
 from vlcache_connector.store.remote.adapter import Adapter, AdapterError, AdapterTimeoutError
 from vlcache_connector.store.remote.blob import BlobKey
 from vlcache_connector.store.remote.interface import SUPPORTED, missing_interface, parse, require_lmcache
@@ -32,7 +31,7 @@ def test_without_lmcache_the_advice_is_to_install_it(monkeypatch: pytest.MonkeyP
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(interface.metadata, "version", missing)
+    monkeypatch.setattr(metadata, "version", missing)
     with pytest.raises(OptionError, match=r"needs lmcache: pip install 'vlcache-connector\[lmcache\]'"):
         require_lmcache()
 

@@ -26,10 +26,12 @@ from vlcache_connector.engine.kv_worker import StepAnswers, VLCacheWorker, answe
 from vlcache_connector.engine.metadata import VLCacheMetadata, VLCacheWorkerMetadata
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import SCHEDULERS, WORKERS, SchedulerSession, WorkerSession, entry_layout
+from vlcache_connector.engine.siblings import outer_config, sibling_reason
 from vlcache_connector.engine.stats import VLCachePromMetrics, VLCacheStats
 from vlcache_connector.engine.support import engine_reason, warn_of_embedding_inputs
 from vlcache_connector.errors import OptionError, VLCacheError
 from vlcache_connector.metrics import Counters
+from vlcache_connector.types import Reason
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,7 +57,9 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         options = Options.parse(self._kv_transfer_config.kv_connector_extra_config)
         self._instance = vllm_config.instance_id
-        self._reason = engine_reason(vllm_config, kv_cache_config)
+        outer = outer_config(vllm_config)
+        beside = sibling_reason(outer)
+        self._reason = engine_reason(vllm_config, kv_cache_config) or beside
         layout = entry_layout(vllm_config, kv_cache_config if self._reason is None else None)
         self._scheduler: VLCacheScheduler | None = None
         self._worker: VLCacheWorker | None = None
@@ -65,9 +69,11 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             # A failed load must end as computation by the engine, not as a failed request (vLLM's default).
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
+            outer.kv_transfer_config.kv_load_failure_policy = "recompute"
             warn_of_embedding_inputs(vllm_config)
             session = SCHEDULERS.attach(self._instance, lambda: SchedulerSession(vllm_config, options, layout))
             self._counters = session.counters
+            session.reason = Reason.SIBLING if self._reason == beside is not None else Reason.ENGINE
             self._start_scheduler(vllm_config, kv_cache_config, session)
         elif is_known_family:  # otherwise there is nothing to store, and no memory is taken
             worker_session = WORKERS.attach(self._instance, lambda: WorkerSession(vllm_config, options, layout))
@@ -75,7 +81,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._counters = worker_session.counters
             self._start_worker(vllm_config, kv_cache_config, worker_session)
         if is_known_family:
-            share_encoder_connector(vllm_config, is_worker=role is KVConnectorRole.WORKER)
+            share_encoder_connector(outer, self._kv_transfer_config, is_worker=role is KVConnectorRole.WORKER)
 
     def _start_scheduler(
         self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", session: SchedulerSession

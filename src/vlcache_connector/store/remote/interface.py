@@ -11,6 +11,8 @@ SUPPORTED = ">=0.5.4,<0.6"  # as in pyproject.toml
 TIMEOUT_S = 2.0
 INSTALL = "pip install 'vlcache-connector[lmcache]'"
 
+# Read when lmcache is imported; without the first it reports to its makers.
+_QUIET = {"LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "WARNING", "LMCACHE_DISABLE_BANNER": "1"}
 _ADAPTER_METHODS = (
     "submit_store_task",
     "pop_completed_store_tasks",
@@ -29,8 +31,6 @@ _ADAPTER_METHODS = (
 
 def require_lmcache() -> None:
     """Raises `OptionError` with advice unless the installed lmcache is one that this module can drive."""
-    os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")  # else it reports to its makers
-    os.environ.setdefault("LMCACHE_LOG_LEVEL", "WARNING")
     try:
         version = metadata.version("lmcache")
     except metadata.PackageNotFoundError:
@@ -42,7 +42,9 @@ def require_lmcache() -> None:
 
 
 def missing_interface() -> list[str]:
-    """What this module uses of lmcache and does not find, in words."""
+    """What this package uses of lmcache and does not find, in words."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         from lmcache.v1.distributed.api import ObjectKey
         from lmcache.v1.distributed.l2_adapters import L2AdapterInterface, create_l2_adapter  # noqa: F401
