@@ -1,6 +1,7 @@
 """The remote tier over a healthy store: lmcache's file system adapter, which is always there, and Redis."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,12 @@ from redis_server import needs_redis, running
 from store.entries import EMBEDDING, blank, bytes_of, filled, key_of, meta_of, read_back, stored
 from store.remote_tiers import Counts, needs_lmcache, remote_tier, resp
 from vlcache_connector.store.base import EntryLostError, EntryMeta, Part, SharedTier
+from vlcache_connector.store.commands import LiveCommands
+from vlcache_connector.store.control.protocol import result_of
 from vlcache_connector.store.digests import PIECE_NBYTES
 from vlcache_connector.store.disk.tier import DiskTier
+from vlcache_connector.store.eviction.policies import LRU
+from vlcache_connector.store.host import HostIndex
 from vlcache_connector.store.remote.blob import BLOB_NBYTES
 from vlcache_connector.store.remote.tier import BLOBS_AT_ONCE, RemoteTier
 from vlcache_connector.types import EntryClass
@@ -129,3 +134,17 @@ def test_clear_removes_what_the_engine_knows_of(make_tier: MakeTier) -> None:
     other.ask(metas)
     assert [other.find(meta.key) for meta in metas] == [None] * 3
     assert other.clear() == 0
+
+
+def test_the_commands_of_a_running_cache_know_what_the_engine_knows(make_tier: MakeTier) -> None:
+    tier = make_tier()
+    stored(make_tier(), 1)
+    meta = stored(tier, 2, num_tokens=9)
+    commands = LiveCommands(HostIndex(1 << 20, LRU()), threading.RLock(), [tier], dict)
+    *entries, last = commands.list_entries(9, "tokens")
+    assert [(entry["entry"]["key"], entry["entry"]["num_tokens"]) for entry in entries] == [(meta.key.hex(), 9)]
+    assert [total["tier"] for total in last["result"]["totals"]] == ["remote"]
+    assert result_of(commands.check(True))["problems"] == []
+    assert commands.clear(["host", "remote"]) == {"host": 0, "remote": 1}
+    tier.ask([meta_of(1), meta])
+    assert [tier.find(key_of(1)), tier.find(key_of(2))] == [4, None]

@@ -10,6 +10,7 @@ from redis_server import RedisServer, Road, free_port, needs_redis, running
 from store.entries import EMBEDDING, blank, bytes_of, filled, meta_of, read_back, stored
 from store.remote_tiers import Counts, needs_lmcache, remote_tier, resp
 from vlcache_connector.store.base import EntryLostError, EntryMeta
+from vlcache_connector.store.control.protocol import ControlError
 from vlcache_connector.store.remote.tier import RemoteTier
 from vlcache_connector.types import EntryClass
 
@@ -93,6 +94,9 @@ def test_a_store_that_stands_still_costs_one_time_out_and_comes_back(
     assert tier.is_given_up and tier.is_known(meta.key) and tier.find(meta.key) is None
     assert [counts[f"tier_failures:remote_{kind}"] for kind in ("timeout", "connect", "error")] == [1, 0, 0]
     assert "does not answer" in tier.check()[0]
+    tier._presence.held(meta)
+    with pytest.raises(ControlError, match="not asked until"):
+        tier.clear()
     tier.refresh()
     assert tier.is_given_up, "it still stands still"
     road.is_open.set()

@@ -44,6 +44,7 @@ class Adapter:
         self._is_broken = self._is_closed = False
         self._users = 0
         self._lock = threading.Lock()  # of the three above
+        self._closed = threading.Event()
         self._turns = {kind: threading.Lock() for kind in ("store", "lookup", "load")}
         self._kept: dict[int, list[Any]] = {}  # what lmcache may still write to or read from
         try:
@@ -99,10 +100,11 @@ class Adapter:
             if not done.wait(self._timeout_s):
                 self._fail(AdapterTimeoutError(f"a deletion took more than {self._timeout_s:g} s"))
 
-    def close(self) -> None:
-        """Give it up. It is closed when its last operation has ended."""
+    def close(self, timeout_s: float = 0.0) -> None:
+        """Give it up. It is closed when its last operation has ended; wait so long for that."""
         self._is_broken = True
         self._close_if_idle()
+        self._closed.wait(timeout_s)
 
     def _close_if_idle(self) -> None:
         with self._lock:
@@ -114,6 +116,7 @@ class Adapter:
             with contextlib.suppress(Exception):
                 self._adapter.close()
             self._kept.clear()
+            self._closed.set()
 
         threading.Thread(target=close, name="vlcache-close", daemon=True).start()  # it may wait
 

@@ -16,6 +16,7 @@ from vlcache_connector.store.remote.adapter import Adapter, AdapterError, Adapte
 
 logger = getLogger(f"vllm.{__name__}")  # below vLLM's own, so its handlers and level apply
 
+_CLOSE_S = 2.0  # lmcache's threads must not outlive the interpreter, nor keep it
 _PAUSE_S = 0.2  # before an operation is tried once more, times the number of trials
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class Link:
             self._is_closed = True
             adapter, self._adapter = self._adapter, None
         if adapter is not None:
-            adapter.close()
+            adapter.close(_CLOSE_S)
 
     def _connected(self) -> Adapter:
         with self._lock:
