@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from vlcache_connector.store.base import EntryMeta
 
 HELD_S = 60.0  # how long an entry that was seen is taken to be there; a wrong guess costs one read
-MISSING_S = 2.0  # how long one that was not there is not asked for again
+MISSING_S = 5.0  # how long one that was not there is not asked for again
 MAX_KEYS = 1 << 18
 
 
