@@ -19,6 +19,9 @@ needs_lmcache = pytest.mark.skipif(
 TIMEOUT_S = 20.0  # long enough for a busy machine, where nothing is to time out
 
 
+_made: list[RemoteTier] = []
+
+
 class Counts(Counter[str]):
     def add(self, name: str, value: float, label: str) -> None:
         self[f"{name}:{label}"] += int(value)
@@ -28,7 +31,14 @@ def remote_tier(description: Mapping[str, Any], counts: Counts | None = None, wo
     require_lmcache()
     config, timeout_s = parse({"timeout_s": TIMEOUT_S, **description})
     count = (counts if counts is not None else Counts()).add
-    return RemoteTier(Link("remote", lambda: Adapter(config, timeout_s), count), world_size, count)
+    tier = RemoteTier(Link("remote", lambda: Adapter(config, timeout_s), count), world_size, count)
+    _made.append(tier)
+    return tier
+
+
+def close_all() -> None:
+    while _made:
+        _made.pop().close()
 
 
 def resp(port: int, **settings: Any) -> dict[str, Any]:

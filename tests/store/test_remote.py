@@ -23,7 +23,7 @@ from vlcache_connector.store.remote.blob import BLOB_NBYTES
 from vlcache_connector.store.remote.tier import BLOBS_AT_ONCE, RemoteTier
 from vlcache_connector.types import EntryClass
 
-pytestmark = needs_lmcache
+pytestmark = [needs_lmcache, pytest.mark.usefixtures("closing")]
 MakeTier = Callable[..., RemoteTier]
 
 
@@ -38,16 +38,11 @@ def description(request: Any, tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture
-def make_tier(description: dict[str, Any]) -> Iterator[MakeTier]:
-    tiers: list[RemoteTier] = []
-
+def make_tier(description: dict[str, Any]) -> MakeTier:
     def make(world_size: int = 1, counts: Counts | None = None) -> RemoteTier:
-        tiers.append(remote_tier(description, counts, world_size))
-        return tiers[-1]
+        return remote_tier(description, counts, world_size)
 
-    yield make
-    for tier in tiers:
-        tier.close()
+    return make
 
 
 def test_it_is_a_shared_tier_and_the_disk_tier_is_none(make_tier: MakeTier, tmp_path: Path) -> None:

@@ -1,6 +1,12 @@
 """The remote tier and a Redis server that dies, restarts, stands still, is full, or gives back other bytes."""
 
+import random
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +20,7 @@ from vlcache_connector.store.control.protocol import ControlError
 from vlcache_connector.store.remote.tier import RemoteTier
 from vlcache_connector.types import EntryClass
 
-pytestmark = [needs_lmcache, needs_redis]
+pytestmark = [needs_lmcache, needs_redis, pytest.mark.usefixtures("closing")]
 SHORT_S = 0.5  # a time-out that is meant to happen
 
 
@@ -203,3 +209,41 @@ def test_the_tenant_is_in_the_name_of_the_blob(server: RedisServer) -> None:
     stored(tier, 1, entry_class=EntryClass("kv", "image", "0123456789abcdef"))
     stored(tier, 2, entry_class=EMBEDDING)
     assert [key.endswith(b"@0123456789abcdef") for key in server.blobs()].count(True) == 1
+
+
+def test_many_threads_use_a_store_that_comes_and_goes(server: RedisServer, road: Road) -> None:
+    """Whatever is read is right, and in the end all is as if nothing had been."""
+    tier = remote_tier(resp(road.port, timeout_s=SHORT_S))
+    metas = [stored(tier, seed) for seed in range(8)]
+    is_over, num_right = threading.Event(), Counter[int]()
+
+    def use(number: int) -> None:
+        chosen = random.Random(number)
+        while not is_over.is_set():
+            meta = chosen.choice(metas)
+            tier.ask([meta])
+            with suppress(EntryLostError):
+                assert read_back(tier, meta) == bytes_of(filled(meta))
+                num_right[number] += 1
+            with suppress(OSError):
+                tier.write(meta, filled(meta))
+            tier.refresh()
+
+    with ThreadPoolExecutor(4) as pool:
+        users = [pool.submit(use, number) for number in range(4)]
+        for _ in range(4):
+            road.cut()
+            time.sleep(0.1)
+            road.is_open.clear()
+            time.sleep(0.1)
+            road.cut()
+            road.is_open.set()
+            time.sleep(0.1)
+        is_over.set()
+        for user in users:
+            user.result(60)
+    assert min(num_right[number] for number in range(4)) > 0
+    tier.refresh()
+    for meta in metas:
+        tier.write(meta, filled(meta))
+        assert is_there(tier, meta) and read_back(tier, meta) == bytes_of(filled(meta))

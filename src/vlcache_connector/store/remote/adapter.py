@@ -41,7 +41,7 @@ class Adapter:
         from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 
         self._timeout_s = timeout_s
-        self._is_broken = self._is_closed = False
+        self._is_broken = self._is_closing = False
         self._users = 0
         self._lock = threading.Lock()  # of the three above
         self._closed = threading.Event()
@@ -106,11 +106,16 @@ class Adapter:
         self._close_if_idle()
         self._closed.wait(timeout_s)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing of it is left."""
+        return self._closed.is_set()
+
     def _close_if_idle(self) -> None:
         with self._lock:
-            if self._is_closed or self._users > 0:
+            if self._is_closing or self._users > 0:
                 return
-            self._is_closed = True
+            self._is_closing = True
 
         def close() -> None:
             with contextlib.suppress(Exception):

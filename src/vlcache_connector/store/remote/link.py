@@ -16,7 +16,7 @@ from vlcache_connector.store.remote.adapter import Adapter, AdapterError, Adapte
 
 logger = getLogger(f"vllm.{__name__}")  # below vLLM's own, so its handlers and level apply
 
-_CLOSE_S = 2.0  # lmcache's threads must not outlive the interpreter, nor keep it
+_CLOSE_S = 2.0  # an interpreter that ends while lmcache closes an adapter may abort
 _PAUSE_S = 0.2  # before an operation is tried once more, times the number of trials
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ class Link:
         self._name, self._connect, self._count = name, connect, count
         self._lock = Lock()  # held while connecting: who needs a connection waits for the same one
         self._adapter: Adapter | None = None
+        self._leaving: list[Adapter] = []  # that are being closed
         self._is_closed = False
         self.is_given_up = False
         self.reason = ""  # why it was given up
@@ -82,9 +83,11 @@ class Link:
     def close(self) -> None:
         with self._lock:
             self._is_closed = True
-            adapter, self._adapter = self._adapter, None
-        if adapter is not None:
-            adapter.close(_CLOSE_S)
+            adapters, self._adapter = [self._adapter, *self._leaving], None
+        deadline = time.monotonic() + _CLOSE_S
+        for adapter in adapters:
+            if adapter is not None:
+                adapter.close(max(0.0, deadline - time.monotonic()))
 
     def _connected(self) -> Adapter:
         with self._lock:
@@ -104,14 +107,19 @@ class Link:
         with self._lock:
             if self._adapter is adapter:
                 self._adapter = None
-        adapter.close()
+            self._leave(adapter)
 
     def _give_up(self, adapter: Adapter, error: AdapterError) -> None:
         with self._lock:
             if self._adapter is adapter:
                 self._adapter = None
                 self._open(error)
+            self._leave(adapter)
+
+    def _leave(self, adapter: Adapter) -> None:
+        """Close it, in time. Under the lock."""
         adapter.close()
+        self._leaving = [left for left in (*self._leaving, adapter) if not left.is_closed]
 
     def _open(self, error: AdapterError) -> None:
         """Under the lock."""
