@@ -15,7 +15,7 @@ import pytest
 from e2e import inside
 from e2e.conftest import Start
 from e2e.engine import CONNECTOR, Ask, Engine
-from e2e.test_reuse import CLOSE, LONG, OPEN, A, B, noise_of
+from e2e.test_reuse import CLOSE, LONG, OPEN, RESOLUTION, A, B, noise_of
 from redis_server import free_port
 from store.remote_tiers import needs_lmcache
 
@@ -76,7 +76,7 @@ def test_lmcache_takes_one_image_for_another_of_the_same_size(engine: Engine) ->
         engine.ask_one(Ask(["a text of no interest"], "off", salt="none", max_tokens=4))  # time to store
         return answer
 
-    limit = 2 * noise_of(engine)
+    limit = 2 * noise_of(engine) + RESOLUTION
     expected = ask(A, "alone")
     first = ask(B, "shared")
     mistaken = ask(A, "shared")
