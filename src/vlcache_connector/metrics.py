@@ -34,6 +34,11 @@ METRICS: dict[str, Metric] = {
     "written_bytes": Metric("Bytes written to a tier below.", "tier"),
     "written_seconds": Metric("Seconds that this took.", "tier"),
     "dropped_writes": Metric("Entries that were not written to the tiers below.", "reason"),
+    "asked_entries": Metric("Entries that a shared tier was asked for, and whether it had them.", "answer"),
+    "asked_seconds": Metric("Seconds that asking took.", "tier"),
+    "tier_failures": Metric("Operations that a shared tier failed at, by tier and kind.", "failure"),
+    "tier_retries": Metric("Operations of a shared tier that were tried once more.", "tier"),
+    "tier_breaker": Metric("How often a shared tier was given up (opened) and came back (closed).", "change"),
     "evictions": Metric("Entries evicted from the host tier.", "reason"),
     "failures": Metric("Errors inside the connector; each ended as ordinary computation.", "stage"),
 }

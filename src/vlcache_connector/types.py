@@ -33,6 +33,7 @@ class Reason(StrEnum):
     MODALITY = "modality"
     SPARSE_PLACEHOLDER = "sparse_placeholder"
     CLIENT_UUID = "client_uuid"
+    SIBLING = "sibling"  # another connector of the engine would mix approximate with exact KV
     ENGINE = "engine"  # something about the whole engine; the log names it
 
 

@@ -16,7 +16,7 @@ from blake3 import blake3
 from bench.interleaved import Ratio, ratio, times_in_turns
 from bench.results import say, table
 from vlcache_connector.store.base import EntryMeta, Part
-from vlcache_connector.store.disk.entry_file import PIECE_NBYTES, PieceHash
+from vlcache_connector.store.digests import PIECE_NBYTES, PieceHash
 from vlcache_connector.store.disk.format import DTYPE_NBYTES
 from vlcache_connector.store.disk.tier import DiskTier
 from vlcache_connector.store.disk.workers import Workers

@@ -1,4 +1,4 @@
-"""A control server that ends with its test."""
+"""A control server and remote tiers that end with their test."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,3 +14,11 @@ def scene(runtime: Path) -> Iterator[Scene]:
     yield scene
     scene.go_on.set()
     scene.server.close()
+
+
+@pytest.fixture
+def closing() -> Iterator[None]:
+    from store.remote_tiers import close_all  # imports lmcache: a second
+
+    yield
+    close_all()

@@ -13,7 +13,7 @@ import pytest
 
 from store.entries import EMBEDDING, KV, blank, bytes_of, filled, key_of, meta_of, read_back, stored
 from vlcache_connector.store.base import EntryLostError, EntryMeta, Part, Tier
-from vlcache_connector.store.disk.entry_file import PIECE_NBYTES
+from vlcache_connector.store.digests import PIECE_NBYTES
 from vlcache_connector.store.disk.folder import TemporaryFile
 from vlcache_connector.store.disk.tier import DiskTier
 from vlcache_connector.types import EntryClass

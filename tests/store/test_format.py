@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from store.entries import KV, bytes_of, filled, meta_of
 from vlcache_connector.store.base import EntryLostError, EntryMeta, Part
-from vlcache_connector.store.disk.entry_file import PIECE_NBYTES
+from vlcache_connector.store.digests import PIECE_NBYTES
 from vlcache_connector.store.disk.format import (
     ALIGNMENT,
     MAX_HEADER_NBYTES,

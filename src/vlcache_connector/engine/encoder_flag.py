@@ -12,7 +12,7 @@ from vllm.config import ECTransferConfig
 from vllm.distributed.ec_transfer import ensure_ec_transfer_initialized
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
 
 CONNECTOR = "VLCacheECConnector"
 MODULE = "vlcache_connector"
@@ -28,17 +28,18 @@ def encoder_reason(vllm_config: "VllmConfig") -> str | None:
     return None
 
 
-def share_encoder_connector(vllm_config: "VllmConfig", is_worker: bool) -> None:
-    """Set `ec_transfer_config` unless the user did; on the worker's side, create the connector."""
+def share_encoder_connector(vllm_config: "VllmConfig", flag: "KVTransferConfig", is_worker: bool) -> None:
+    """Set `ec_transfer_config` unless the user did, with the options of the `flag`; on the worker's side, create the
+    connector. `vllm_config` is the engine's own: of a copy nothing would be seen.
+    """
     if encoder_reason(vllm_config) is not None:
         return
     if vllm_config.ec_transfer_config is None:
-        assert vllm_config.kv_transfer_config is not None
         vllm_config.ec_transfer_config = ECTransferConfig(
             ec_connector=CONNECTOR,
             ec_connector_module_path=MODULE,
             ec_role="ec_both",
-            ec_connector_extra_config=dict(vllm_config.kv_transfer_config.kv_connector_extra_config),
+            ec_connector_extra_config=dict(flag.kv_connector_extra_config),
         )
     if is_worker:
         ensure_ec_transfer_initialized(vllm_config)

@@ -1,5 +1,7 @@
 """What requests wait for: entries on their way up from the tiers below the host tier. Scheduler side.
 
+What a tier that engines share holds is asked first, with the same patience.
+
 vLLM asks for a waiting request in every step, and goes on with others when the answer is "not known yet". Entries that
 a request waits for are pinned until it is admitted, so that they are all there at once. A request does not wait longer
 than computing would take: what comes too late for it is there for the next one.
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 MIN_WAIT_S = 0.05  # less than this is not worth computing twice
 MAX_WAIT_S = 10.0
 
+Wanted = tuple[bytes, int, EntryClass]  # key, tokens, class of an entry
+
 
 class Fetches:
     """The entries that requests wait for."""
@@ -34,23 +38,25 @@ class Fetches:
         """Begin to bring up what these spans need, up to the first one that nobody holds; whether there is anything to
         wait for.
         """
-        if self._session.lower is None:
+        lower = self._session.lower
+        if lower is None:
             return False
-        wanted = [
-            (key, span.length, entry_class(kind, salt))
-            for span in takewhile(self._is_held, spans)
-            for key, kind in ((span.kv_key, "kv"), (span.embedding_key, "embedding"))
-        ]
+        spans = list(spans)
+        if self._wait_for_answer(request_id, _wanted(spans, salt)):
+            return True
+        wanted = _wanted(takewhile(self._is_held, spans), salt)
         if request_id not in self._pinned and all(self._session.index.get(key) is not None for key, *_ in wanted):
             return False
         return self._wait_for_all(request_id, wanted)
 
     def wait_for_embedding(self, request_id: str, key: bytes, num_tokens: int, salt: str | None) -> bool:
         """The same for one encoder output."""
-        session = self._session
-        if session.lower is None or session.index.get(key) is not None or not session.is_held(key, num_tokens):
+        session, wanted = self._session, [(key, num_tokens, entry_class("embedding", salt))]
+        if session.lower is None or session.index.get(key) is not None:
             return False
-        return self._wait_for_all(request_id, [(key, num_tokens, entry_class("embedding", salt))])
+        if self._wait_for_answer(request_id, wanted):
+            return True
+        return session.is_held(key, num_tokens) and self._wait_for_all(request_id, wanted)
 
     def tier(self, request_id: str) -> str:
         """Where the request's entries came from."""
@@ -70,18 +76,26 @@ class Fetches:
         keys = (span.kv_key, span.embedding_key)
         return all(self._session.is_held(key, span.length) for key in keys)
 
-    def _wait_for_all(self, request_id: str, wanted: list[tuple[bytes, int, EntryClass]]) -> bool:
-        """Whether one of these entries is on its way and the request should wait for it: no longer than computing what
-        it lacks would take, once the prices are known.
-        """
+    def _wait_for_answer(self, request_id: str, wanted: list[Wanted]) -> bool:
+        """Whether a shared tier is being asked for one of these entries and the request should wait for its answer."""
+        lower, index = self._session.lower, self._session.index
+        lacking = [one for one in wanted if not index.holds(one[0])]
+        return lower is not None and lower.ask(lacking) and self._is_patient(request_id, lacking)
+
+    def _wait_for_all(self, request_id: str, wanted: list[Wanted]) -> bool:
+        """Whether one of these entries is on its way and the request should wait for it."""
         moving = [one for one in wanted if self._wait_for(request_id, *one)]
-        if not moving:
-            return False
+        return bool(moving) and self._is_patient(request_id, moving)
+
+    def _is_patient(self, request_id: str, lacking: list[Wanted]) -> bool:
+        """Whether a request should still wait for what it lacks: no longer than computing that would take, once the
+        prices are known.
+        """
         now = time.monotonic()
         if request_id not in self._deadlines:
-            saved = [self._session.prices.saved_by(of_class.kind, num_tokens) for _, num_tokens, of_class in moving]
+            saved = [self._session.prices.saved_by(of_class.kind, num_tokens) for _, num_tokens, of_class in lacking]
             known = [seconds for seconds in saved if seconds is not None]
-            patience = sum(known) if len(known) == len(moving) else MAX_WAIT_S
+            patience = sum(known) if len(known) == len(lacking) else MAX_WAIT_S
             self._deadlines[request_id] = now + min(max(patience, MIN_WAIT_S), MAX_WAIT_S)
         return now <= self._deadlines[request_id]
 
@@ -104,3 +118,11 @@ class Fetches:
                 index.unpin(pinned[key])
             pinned[key] = entry
         return is_moving and entry is not None
+
+
+def _wanted(spans: Iterable[Span], salt: str | None) -> list[Wanted]:
+    return [
+        (key, span.length, entry_class(kind, salt))
+        for span in spans
+        for key, kind in ((span.kv_key, "kv"), (span.embedding_key, "embedding"))
+    ]

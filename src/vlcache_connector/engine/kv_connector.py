@@ -26,11 +26,12 @@ from vlcache_connector.engine.kv_worker import StepAnswers, VLCacheWorker, answe
 from vlcache_connector.engine.metadata import VLCacheMetadata, VLCacheWorkerMetadata
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import SCHEDULERS, WORKERS, SchedulerSession, WorkerSession, entry_layout
+from vlcache_connector.engine.siblings import outer_config, sibling_reason
 from vlcache_connector.engine.stats import VLCachePromMetrics, VLCacheStats
 from vlcache_connector.engine.support import SWITCHED_OFF, engine_reason, warn_of_embedding_inputs
 from vlcache_connector.errors import OptionError, VLCacheError
 from vlcache_connector.metrics import Counters
-from vlcache_connector.types import Mode
+from vlcache_connector.types import Mode, Reason
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,8 +57,10 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         options = Options.parse(self._kv_transfer_config.kv_connector_extra_config)
         self._instance = vllm_config.instance_id
+        outer = outer_config(vllm_config)
+        beside = sibling_reason(outer)
         is_off = options.mode is Mode.OFF
-        self._reason = SWITCHED_OFF if is_off else engine_reason(vllm_config, kv_cache_config)
+        self._reason = SWITCHED_OFF if is_off else engine_reason(vllm_config, kv_cache_config) or beside
         layout = entry_layout(vllm_config, kv_cache_config if self._reason is None else None)
         self._scheduler: VLCacheScheduler | None = None
         self._worker: VLCacheWorker | None = None
@@ -67,9 +70,11 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             # A failed load must end as computation by the engine, not as a failed request (vLLM's default).
             self._kv_transfer_config.kv_load_failure_policy = "recompute"
+            outer.kv_transfer_config.kv_load_failure_policy = "recompute"
             warn_of_embedding_inputs(vllm_config)
             session = SCHEDULERS.attach(self._instance, lambda: SchedulerSession(vllm_config, options, layout))
             self._counters = session.counters
+            session.reason = Reason.SIBLING if self._reason == beside is not None else Reason.ENGINE
             self._start_scheduler(vllm_config, kv_cache_config, session)
         elif has_entries:  # otherwise there is nothing to store, and no memory is taken
             worker_session = WORKERS.attach(self._instance, lambda: WorkerSession(vllm_config, options, layout))
@@ -77,7 +82,7 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._counters = worker_session.counters
             self._start_worker(vllm_config, kv_cache_config, worker_session)
         if has_entries:
-            share_encoder_connector(vllm_config, is_worker=role is KVConnectorRole.WORKER)
+            share_encoder_connector(outer, self._kv_transfer_config, is_worker=role is KVConnectorRole.WORKER)
 
     def _start_scheduler(
         self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig", session: SchedulerSession

@@ -210,8 +210,8 @@ class VLCacheScheduler:
         if state.declined is not None:
             return state.declined
         if self._session.unsupported is not None:
-            self._tell(Reason.ENGINE, self._session.unsupported)
-            return Reason.ENGINE
+            self._tell(self._session.reason, self._session.unsupported)
+            return self._session.reason
         if state.options.mode is not Mode.REUSE:
             return Reason.MODE
         state.available = tuple(self._is_available(span) for span in state.spans)

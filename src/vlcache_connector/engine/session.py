@@ -34,7 +34,7 @@ from vlcache_connector.store.host_bytes import HostBytes
 from vlcache_connector.store.slab import EntryLayout, Slab
 from vlcache_connector.store.tiered import LowerTiers
 from vlcache_connector.store.trace import Trace
-from vlcache_connector.types import EntryClass
+from vlcache_connector.types import EntryClass, Reason
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -111,6 +111,7 @@ class SchedulerSession:
         self.trace = Trace(options.trace_path, capacity) if options.trace_path is not None else None
         self.has_kv = False  # a KV connector is attached
         self.unsupported: str | None = None  # why it reuses nothing
+        self.reason = Reason.ENGINE  # the same in a word
         self.wanted_embeddings: dict[bytes, Any] = {}  # key -> media item that the encoder works on in this step
         self.lock = threading.RLock()  # held by every hook of the scheduler side: threads of `lower` change the index
         slabs = find_slabs(vllm_config, options, layout)

@@ -21,6 +21,10 @@ from vlcache_connector.store.eviction.limits import Limits
 from vlcache_connector.store.eviction.policies import EVICTION_POLICIES
 from vlcache_connector.store.host import HostIndex
 from vlcache_connector.store.host_bytes import HostBytes
+from vlcache_connector.store.remote.adapter import Adapter
+from vlcache_connector.store.remote.interface import parse, require_lmcache
+from vlcache_connector.store.remote.link import Link
+from vlcache_connector.store.remote.tier import RemoteTier
 from vlcache_connector.store.slab import EntryLayout, SlabBytes
 from vlcache_connector.store.tiered import LowerTiers
 
@@ -45,8 +49,8 @@ def find_slabs(vllm_config: "VllmConfig", options: Options, layout: EntryLayout)
     try:
         return [SlabBytes.find(layout, slab_name(vllm_config, rank), processes) for rank in ranks]
     except OSError as error:
-        if options.disk_path is not None or options.snapshot_path is not None:
-            logger.warning("VLCache works without disk and snapshots: %s", error)
+        if any((options.disk_path, options.snapshot_path, options.remote)):
+            logger.warning("VLCache works without disk, remote store and snapshots: %s", error)
         return []
 
 
@@ -59,21 +63,45 @@ def lower_tiers(
     host_bytes: HostBytes,
     counters: Counters,
 ) -> LowerTiers:
-    """The tiers that the options ask for; one that cannot be had is a warning."""
+    """The tiers that the options ask for, nearest first; one that cannot be had is a warning.
+
+    Raises `OptionError` for a remote store that cannot be had with what is installed.
+    """
     tiers: list[Tier] = []
-    if options.disk_path is not None and are_weights_known(vllm_config.model_config):
-        policy, capacity = EVICTION_POLICIES[options.eviction], int(options.disk_gib * _GIB)
-        try:
-            tiers.append(DiskTier(Path(options.disk_path), capacity, host_bytes.num_ranks, policy, limits))
-        except OSError as error:
-            logger.warning("VLCache keeps nothing on disk: %s cannot be used: %s", options.disk_path, error)
-    elif options.disk_path is not None:
+    wants_any = options.disk_path is not None or options.remote is not None
+    if wants_any and not are_weights_known(vllm_config.model_config):
         logger.warning(
-            "VLCache keeps nothing on disk: nothing tells which revision of %s is loaded, and entries of other weights "
-            "would be found after an update; use a local folder as the model, or one that the hub's cache holds",
+            "VLCache keeps nothing on disk or in a remote store: nothing tells which revision of %s is loaded, and "
+            "entries of other weights would be found after an update; use a local folder as the model, or one that the "
+            "hub's cache holds",
             vllm_config.model_config.model,
         )
+    elif wants_any:
+        num_ranks = host_bytes.num_ranks
+        made = (_disk_tier(options, limits, num_ranks), _remote_tier(options, num_ranks, counters))
+        tiers = [tier for tier in made if tier is not None]
     return LowerTiers(index, lock, host_bytes, tiers, counters, index.capacity_nbytes // _UNWRITTEN_SHARE)
+
+
+def _disk_tier(options: Options, limits: Limits, num_ranks: int) -> Tier | None:
+    if options.disk_path is None:
+        return None
+    policy, capacity = EVICTION_POLICIES[options.eviction], int(options.disk_gib * _GIB)
+    try:
+        return DiskTier(Path(options.disk_path), capacity, num_ranks, policy, limits)
+    except OSError as error:
+        logger.warning("VLCache keeps nothing on disk: %s cannot be used: %s", options.disk_path, error)
+        return None
+
+
+def _remote_tier(options: Options, num_ranks: int, counters: Counters) -> Tier | None:
+    """It need not answer yet: then the engine starts without it, and tries again from time to time."""
+    if options.remote is None:
+        return None
+    require_lmcache()
+    config, timeout_s = parse(options.remote)
+    link = Link(RemoteTier.name, lambda: Adapter(config, timeout_s), counters.add)
+    return RemoteTier(link, num_ranks, counters.add)
 
 
 def provenance(vllm_config: "VllmConfig") -> dict[str, str]:

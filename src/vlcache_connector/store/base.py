@@ -1,11 +1,14 @@
 """What all tiers share: how an entry's bytes are named, and what a tier below the host tier can do. No torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vlcache_connector.errors import VLCacheError
 from vlcache_connector.types import EntryClass, Extent
+
+Count = Callable[[str, float, str], None]
+"""Counts: name of a metric, value, label."""
 
 
 class EntryLostError(VLCacheError):
@@ -82,3 +85,16 @@ class Tier(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class SharedTier(Tier, Protocol):
+    """A tier in which others keep entries without telling. What `find` does not find may be there all the same."""
+
+    def is_known(self, key: bytes) -> bool:
+        """Whether `find` is right about this key, as far as can be told without asking. A look-up, as `find` is."""
+        ...
+
+    def ask(self, metas: Sequence[EntryMeta]) -> None:
+        """Learn whether these entries are there, for `find`. Raises nothing: without an answer they are not."""
+        ...

@@ -4,6 +4,9 @@ the workers' slabs, which are shared memory, so no engine step and no worker tak
 `lock` guards the host index; the scheduler's hooks hold it while they run, threads here hold it for the few lines that
 change the index, and nobody holds it during I/O.
 
+Each tier has threads of its own, so that a slow one keeps nobody from the others. What a shared tier holds is learnt by
+asking it (`ask`), in such a thread as well.
+
 An entry on its way up (`fetch`) is being written as far as the index is concerned: nobody finds it before all its bytes
 were read and verified. An entry on its way down (`keep`) is pinned. Both are bounded, and what does not fit is dropped:
 the entry is computed again, or is gone after a restart.
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 from logging import getLogger
 
 from vlcache_connector.metrics import Counters
-from vlcache_connector.store.base import EntryLostError, Tier
+from vlcache_connector.store.base import EntryLostError, EntryMeta, SharedTier, Tier
 from vlcache_connector.store.host import HostEntry, HostIndex
 from vlcache_connector.store.host_bytes import HostBytes
 from vlcache_connector.types import EntryClass
@@ -38,6 +41,20 @@ class Fetch:
     tier: Tier
 
 
+class _Threads:
+    """Of one tier; none is started before it is needed."""
+
+    def __init__(self, tier: str) -> None:
+        self.readers = ThreadPoolExecutor(_READERS, f"vlcache-read-{tier}")
+        self.writer = ThreadPoolExecutor(1, f"vlcache-write-{tier}")
+        self.asker = ThreadPoolExecutor(1, f"vlcache-ask-{tier}")
+        self.unwritten_nbytes = 0
+
+    def shutdown(self) -> None:
+        for pool in (self.readers, self.writer, self.asker):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 class LowerTiers:
     """The tiers below the host tier, nearest first; there may be none. Methods are called with `lock` held, except
     `drain` and `close`.
@@ -54,16 +71,48 @@ class LowerTiers:
     ) -> None:
         self.tiers = tuple(tiers)
         self._index, self._lock, self._bytes, self._counters = index, lock, host_bytes, counters
-        self._max_unwritten_nbytes = max_unwritten_nbytes
-        self._unwritten_nbytes = 0
+        self._max_unwritten_nbytes = max_unwritten_nbytes  # of all tiers together
+        self._shared = [tier for tier in tiers if isinstance(tier, SharedTier)]
+        self._asked: set[tuple[str, bytes]] = set()  # tier and key of each question without an answer yet
         self._fetching: dict[bytes, Fetch] = {}
         self._failing: set[str] = set()  # tiers whose last write failed
         self._is_closed = threading.Event()
         self._under_way: set[Future[None]] = set()
-        self._readers = ThreadPoolExecutor(_READERS, "vlcache-read")
-        self._writer = ThreadPoolExecutor(1, "vlcache-write")
+        self._threads: dict[str, _Threads] = {}  # by name of the tier
         if tiers:
             threading.Thread(target=self._refresh, name="vlcache-refresh", daemon=True).start()
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def ask(self, wanted: Sequence[tuple[bytes, int, EntryClass]]) -> bool:
+        """Begin to learn which of these entries (key, tokens, class) shared tiers hold, where only asking can tell;
+        whether an answer is still out. None of them is in host memory.
+        """
+        if not self._shared:
+            return False
+        metas = {
+            key: EntryMeta(key, num_tokens, entry_class)
+            for key, num_tokens, entry_class in wanted
+            if self.find(key, num_tokens) is None
+        }
+        is_out = False
+        for tier in self._shared:
+            unknown = [meta for meta in metas.values() if not tier.is_known(meta.key)]
+            unasked = [meta for meta in unknown if (tier.name, meta.key) not in self._asked]
+            if unasked:
+                self._asked.update((tier.name, meta.key) for meta in unasked)
+                self._start(self._threads_of(tier).asker.submit(self._ask, tier, unasked))
+            is_out = is_out or bool(unknown)
+        return is_out
+
+    def _ask(self, tier: SharedTier, metas: Sequence[EntryMeta]) -> None:
+        start = time.perf_counter()
+        try:
+            tier.ask(metas)
+        finally:
+            with self._lock:
+                self._asked.difference_update((tier.name, meta.key) for meta in metas)
+            self._counters.add("asked_seconds", time.perf_counter() - start, label=tier.name)
 
     # -- up -----------------------------------------------------------------------------------------------------------
 
@@ -85,7 +134,7 @@ class LowerTiers:
             self._counters.add("dropped_reads")
             return
         self._fetching[key] = Fetch(entry, tier)
-        self._start(self._readers.submit(self._read, tier, entry))
+        self._start(self._threads_of(tier).readers.submit(self._read, tier, entry))
 
     def _read(self, tier: Tier, entry: HostEntry) -> None:
         start = time.perf_counter()
@@ -125,25 +174,27 @@ class LowerTiers:
         self._keep(entry, self.tiers)
 
     def _keep(self, entry: HostEntry, tiers: Sequence[Tier]) -> None:
-        wanting = [tier for tier in tiers if tier.find(entry.key) is None]
-        if not wanting:
-            return
-        unwritten_nbytes = self._unwritten_nbytes + entry.extent.nbytes
-        if unwritten_nbytes > self._max_unwritten_nbytes and self._unwritten_nbytes > 0:
+        for tier in tiers:
+            if tier.find(entry.key) is None:
+                self._queue(tier, entry)
+
+    def _queue(self, tier: Tier, entry: HostEntry) -> None:
+        threads = self._threads_of(tier)
+        unwritten_nbytes = threads.unwritten_nbytes + entry.extent.nbytes
+        if unwritten_nbytes > self._max_unwritten_nbytes // len(self.tiers) and threads.unwritten_nbytes > 0:
             self._counters.add("dropped_writes", label="queue_full")
             return
-        self._unwritten_nbytes = unwritten_nbytes
+        threads.unwritten_nbytes = unwritten_nbytes
         self._index.pin(entry, is_use=False)
-        self._start(self._writer.submit(self._write, wanting, entry))
+        self._start(threads.writer.submit(self._write, tier, entry))
 
-    def _write(self, tiers: Sequence[Tier], entry: HostEntry) -> None:
-        for tier in tiers:
-            with self._lock:
-                is_wanted = self._index.get(entry.key) is entry  # it may have been cleared while it waited
-            if is_wanted:
-                self._write_to(tier, entry)
+    def _write(self, tier: Tier, entry: HostEntry) -> None:
         with self._lock:
-            self._unwritten_nbytes -= entry.extent.nbytes
+            is_wanted = self._index.get(entry.key) is entry  # it may have been cleared while it waited
+        if is_wanted:
+            self._write_to(tier, entry)
+        with self._lock:
+            self._threads_of(tier).unwritten_nbytes -= entry.extent.nbytes
             self._index.unpin(entry)
 
     def _write_to(self, tier: Tier, entry: HostEntry) -> None:
@@ -178,10 +229,15 @@ class LowerTiers:
         self._is_closed.set()
         if not self.drain(_LAST_MOVES_S):
             logger.warning("VLCache: some entries were not written to the tiers below in time")
-        for pool in (self._readers, self._writer):
-            pool.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown()
         for tier in self.tiers:
             tier.close()
+
+    def _threads_of(self, tier: Tier) -> _Threads:
+        if tier.name not in self._threads:
+            self._threads[tier.name] = _Threads(tier.name)
+        return self._threads[tier.name]
 
     def _start(self, move: "Future[None]") -> None:
         self._under_way.add(move)

@@ -1,9 +1,4 @@
-"""Parts between memory and open files, every byte hashed on the way. I/O side of the scheduler process.
-
-Work goes in pieces: one that was just read is still in the processor's cache when it is hashed, and several threads can
-share one part. Pieces are hashed by AES-GMAC, several times as fast as any cryptographic hash, under a key that follows
-from the entry's: bytes of another entry fail as altered ones do. It guards against accidents, as blake3 would here.
-"""
+"""Parts between memory and open files, every byte hashed on the way. I/O side of the scheduler process."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -11,10 +6,8 @@ from dataclasses import replace
 from functools import partial
 from stat import S_ISREG
 
-from blake3 import blake3
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
 from vlcache_connector.store.base import EntryLostError, EntryMeta, Part
+from vlcache_connector.store.digests import PIECE_NBYTES, Piece, PieceHash, Pieces, digest_of
 from vlcache_connector.store.disk.format import (
     LENGTH_NBYTES,
     MAX_HEADER_NBYTES,
@@ -26,25 +19,6 @@ from vlcache_connector.store.disk.format import (
 )
 from vlcache_connector.store.disk.workers import Workers
 
-PIECE_NBYTES = 512 * 1024  # part of the format: see `digest_of`
-_CONTEXT = "vlcache-connector 2026 digests of pieces"  # part of the format, as is the nonce
-_NONCE = bytes(12)
-
-
-def digest_of(piece_digests: Sequence[bytes]) -> str:
-    """Of a part, given the digests of its pieces: the BLAKE3 digest of all these, in hex."""
-    return blake3(b"".join(piece_digests)).hexdigest()
-
-
-class PieceHash:
-    """Digests, 16 bytes each, of the pieces of one entry. Threads may share it."""
-
-    def __init__(self, key: bytes) -> None:
-        self._cipher = AESGCM(blake3(key, derive_key_context=_CONTEXT).digest()[:16])
-
-    def __call__(self, piece: memoryview) -> bytes:
-        return self._cipher.encrypt(_NONCE, b"", piece)  # of nothing: what is left is the tag of `piece`
-
 
 class Shard:
     """One rank's share of an entry, in memory and in an open file."""
@@ -53,24 +27,17 @@ class Shard:
         """`header` as it must be; its digests mean nothing."""
         self.fd = fd
         self.header = header
-        self._buffers = [part.buffer.cast("B") for part in parts]
-        self._digests = [[b""] * -(-len(buffer) // PIECE_NBYTES) for buffer in self._buffers]
-
-    def digests(self) -> tuple[str, ...]:
-        """Of the parts, once all tasks have run."""
-        return tuple(digest_of(digests) for digests in self._digests)
+        self._pieces = Pieces(header.meta.key, parts)
+        self.digests = self._pieces.digests
 
     def tasks(self, move: Callable[[int, memoryview, int], None], start: int) -> list[Callable[[], None]]:
         """`move(fd, piece, offset in the file)` and hash each piece; the parts begin at `start`."""
-        tasks: list[Callable[[], None]] = []
-        hashed = PieceHash(self.header.meta.key)
-        for buffer, digests in zip(self._buffers, self._digests, strict=True):
-            for i in range(len(digests)):
-                first = i * PIECE_NBYTES
-                piece = buffer[first : first + PIECE_NBYTES]
-                tasks.append(partial(_move_and_hash, move, hashed, self.fd, piece, start + first, digests, i))
-            start += len(buffer)
-        return tasks
+
+        def task(piece: Piece) -> None:
+            move(self.fd, piece.buffer, start + piece.at)
+            self._pieces.hash(piece)
+
+        return [partial(task, piece) for piece in self._pieces.all]
 
 
 def header_of(meta: EntryMeta, rank: int, world_size: int, parts: Sequence[Part]) -> Header:
@@ -148,19 +115,6 @@ def _compare(header: Header, found: Sequence[str], expected: Sequence[str]) -> N
     for part, one, other in zip(header.parts, found, expected, strict=True):
         if one != other:
             raise EntryLostError(f"the bytes of {part.name} were altered")
-
-
-def _move_and_hash(
-    move: Callable[[int, memoryview, int], None],
-    hashed: PieceHash,
-    fd: int,
-    piece: memoryview,
-    at: int,
-    digests: list[bytes],
-    i: int,
-) -> None:
-    move(fd, piece, at)
-    digests[i] = hashed(piece)
 
 
 def _read(fd: int, piece: memoryview, at: int) -> None:

@@ -56,7 +56,7 @@ class Header:
     rank: int
     world_size: int
     parts: tuple[PartSpec, ...]
-    digests: tuple[str, ...]  # of each part, 64 hex digits: see `entry_file.digest_of`
+    digests: tuple[str, ...]  # of each part, 64 hex digits: see `digests.digest_of`
 
     @property
     def data_nbytes(self) -> int:
