@@ -1,0 +1,133 @@
+"""Ways to choose what is recomputed, and what to make of it: those of the connector, and others that were tried.
+
+A choice is given a case, the share of image tokens to recompute and the question, and returns runs for each picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grid_model.batches import branch_of
+from grid_model.cases import Case
+from grid_model.model import rms, rotary, rotate
+from grid_model.reuse import SPAN, Answers, GridModel, Mean, answer, reuse, turn_of
+from grid_model.scenes import Question
+from grid_model.sizes import GROUP, HEAD_DIM
+from vlcache_connector.policy import POLICIES
+from vlcache_connector.types import Run
+
+Choose = Callable[[GridModel, Case, float, Question], list[Sequence[Run]]]
+
+
+@dataclass(frozen=True)
+class Method:
+    choose: Choose
+    mean: Mean | None = None
+    by_question: bool = False  # the choice depends on the question, so each question has a pass of its own
+
+    def answers(self, model: GridModel, case: Case, entries: Sequence[Tensor], ratio: float) -> Answers:
+        if not self.by_question:
+            return self._answers(model, case, entries, ratio, case.questions)
+        parts = [self._answers(model, case, entries, ratio, [question]) for question in case.questions]
+        numbers = [part.question + number for number, part in enumerate(parts)]
+        return Answers(torch.cat([p.right for p in parts]), torch.cat([p.logits for p in parts]), torch.cat(numbers))
+
+    def _answers(
+        self, model: GridModel, case: Case, entries: Sequence[Tensor], ratio: float, questions: Sequence[Question]
+    ) -> Answers:
+        runs = self.choose(model, case, ratio, questions[0])
+        return answer(model, case.prompt, reuse(model, case.prompt, entries, runs, self.mean), questions)
+
+
+def mean_of_runs(change: Tensor, runs: Sequence[Run]) -> Tensor:
+    """The mean of the runs' means: [2, heads, dim] of changes [2, samples, heads, dim]."""
+    return _means(change, runs).mean(0)
+
+
+def shrunk_mean(change: Tensor, runs: Sequence[Run]) -> Tensor:
+    """The same as far as the runs agree about it, by head: see `exec/shift.py`."""
+    means = _means(change, runs)
+    mean = means.mean(0)
+    if len(runs) == 1:
+        return mean
+    noise, size = means.var(0).sum(-1, keepdim=True) / len(runs), mean.square().sum(-1, keepdim=True)
+    return mean * (1 - noise / size.clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0)
+
+
+def _means(change: Tensor, runs: Sequence[Run]) -> Tensor:
+    """[runs, 2, heads, dim]."""
+    return torch.stack([part.mean(1) for part in change.split([len(run) for run in runs], 1)])
+
+
+def policy(name: str) -> Choose:
+    """The tokens that a policy of the connector recomputes."""
+    return lambda model, case, ratio, question: [POLICIES[name].recompute(SPAN, ratio)] * len(case.entries)
+
+
+def strided(model: GridModel, case: Case, ratio: float, question: Question) -> list[Sequence[Run]]:
+    """Single tokens at equal distances."""
+    number = math.ceil(ratio * SPAN - 1e-9)
+    runs = [Run(at, at + 1) for at in (int((i + 0.5) * SPAN / number) for i in range(number))]
+    return [runs] * len(case.entries)
+
+
+def deviating(model: GridModel, case: Case, ratio: float, question: Question) -> list[Sequence[Run]]:
+    """Tokens whose keys deviate most in the second layer, the first in which any do (CacheBlend, arXiv:2405.16444)."""
+    keys = torch.stack([case.exact[1, 0, span] for span in case.prompt.spans])
+    stored = torch.stack([entry[1, 0] for entry in case.entries])
+    return largest((keys - stored).flatten(2).norm(dim=-1), ratio)
+
+
+def looked_at(model: GridModel, case: Case, ratio: float, question: Question) -> list[Sequence[Run]]:
+    """Tokens at which the question looks most when all are reused (as CONDUIT)."""
+    kv = reuse(model, case.prompt, case.entries, [()] * len(case.entries))
+    return largest(attention(model, case, kv, question)[case.prompt.spans], ratio)
+
+
+def largest(scores: Tensor, ratio: float) -> list[Sequence[Run]]:
+    """The best of all pictures' tokens together; `scores` is [pictures, SPAN]."""
+    best = scores.flatten().topk(math.ceil(ratio * scores.numel() - 1e-9)).indices.sort().values.tolist()
+    return [[Run(i % SPAN, i % SPAN + 1) for i in best if i // SPAN == picture] for picture in range(len(scores))]
+
+
+@torch.no_grad()
+def attention(model: GridModel, case: Case, kv: Tensor, question: Question) -> Tensor:
+    """How much a question looks at each token of the prompt: attention times the value's norm, summed over layers,
+    heads and words of the question. [tokens].
+    """
+    prompt, number = case.prompt, len(question.words)
+    ids = torch.tensor(branch_of(question, number + len(question.answer))[0][:number])
+    x, score, tokens = model.language.embed[ids][None], torch.zeros(len(prompt.x)), len(prompt.x)
+    own_turn = rotary(torch.arange(prompt.end, prompt.end + number).float().expand(3, 1, -1))
+    turn, future = turn_of(prompt.at), torch.ones(number, number, dtype=torch.bool).triu(1)
+    for index, layer in enumerate(model.layers):
+        normed = rms(x, layer.input_norm)
+        own_k, own_v = layer.keys(normed, own_turn)
+        stored_k, stored_v = (t.transpose(0, 1) for t in kv[index])
+        k = torch.cat((rotate(stored_k, *turn)[None], own_k), 2).repeat_interleave(GROUP, 1)
+        v = torch.cat((stored_v[None], own_v), 2).repeat_interleave(GROUP, 1)
+        logits = layer.queries(normed, own_turn) @ k.transpose(-1, -2) * HEAD_DIM**-0.5
+        logits[..., tokens:].masked_fill_(future, float("-inf"))
+        weights = logits.softmax(-1)
+        score += (weights[0, :, :, :tokens].sum(1) * v[0, :, :tokens].norm(dim=-1)).sum(0)
+        x = layer.finish(x, weights @ v)
+    return score
+
+
+METHODS: dict[str, Method] = {
+    "none": Method(policy("none")),
+    "leading": Method(policy("leading")),
+    "strided": Method(strided),
+    "deviation": Method(deviating),
+    "scored": Method(looked_at, by_question=True),
+    "leading + mean": Method(policy("leading"), mean_of_runs),
+    "strided + mean": Method(strided, mean_of_runs),
+    "strided + shrunk mean": Method(strided, shrunk_mean),
+    "parts + mean": Method(policy("shifted"), mean_of_runs),
+    "shifted": Method(policy("shifted"), shrunk_mean),
+}
