@@ -30,9 +30,11 @@ ARROWS: dict[str, set[str]] = {
     "engine": _GROUND | {"policy", "config", "plan", "store", "exec", "__init__"},
     "__init__": {"engine"},  # by name, on first use
     "environment": {"errors", "kernels", "engine"},
-    "explain": {"errors"},
+    "openai_api": {"errors"},
+    "explain": {"openai_api"},
+    "warm": {"openai_api"},
     "simulate": _GROUND | {"store"},
-    "cli": {"errors", "environment", "explain", "simulate", "store"},
+    "cli": {"errors", "environment", "explain", "warm", "simulate", "store"},
 }
 MAY_IMPORT_VLLM = {"engine"}
 MAY_IMPORT_TORCH = {"engine", "exec", "kernels", "environment", "store/slab.py"}

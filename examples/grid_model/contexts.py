@@ -25,6 +25,7 @@ from grid_model.tally import Tally, lines
 
 Compile = Callable[[GridModel, np.ndarray, Generator], Tensor]
 """The entry of a picture, (8, 8) cell contents, that was first seen in some context."""
+TEMPLATE = "the chat template"
 METHOD_RATIOS = (("none", 0.0), ("leading", 0.02), ("leading", 0.05), ("shifted", 0.02), ("shifted", 0.05))
 
 
@@ -54,13 +55,13 @@ CONTEXTS: dict[str, Compile] = {
     "1-59 words": behind_words,
     "a legend": behind_legend,
     "1-3 other pictures": behind_pictures,
-    "chat template": behind_template,
+    TEMPLATE: behind_template,
     "nothing": behind_nothing,
 }
 
 
 def compare(folder: Path, kinds: list[str], scenes: int, questions: int) -> dict[str, dict[str, Any]]:
-    """Results by method and context, and kind; see `Tally.result`."""
+    """Results by method and context, and kind: those of `Tally.result`, and beside the chat template's."""
     model = load(folder)
     results: dict[str, dict[str, Any]] = defaultdict(dict)
     for kind in kinds:
@@ -76,7 +77,8 @@ def compare(folder: Path, kinds: list[str], scenes: int, questions: int) -> dict
                     given = METHODS[name].answers(model, case, entries[context], ratio)
                     tallies[f"{name} {ratio:.0%}, behind {context}"].add(case.expected, given)
         for title, tally in tallies.items():
-            results[title][kind] = tally.result()
+            template = tallies[f"{title.split(', ')[0]}, behind {TEMPLATE}"]
+            results[title][kind] = tally.result() | tally.beside(template)
         print(f"{kind}: {scenes} scenes, {scenes * questions} questions", flush=True)
     return dict(results)
 
@@ -91,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = compare(options.checkpoint, list(KINDS), options.scenes, options.questions)
-    for value, digits in (("right", 2), ("kl", 3)):
+    for value, digits in (("right", 2), ("kl", 3), ("right_more", 3), ("kl_more", 3)):
         print(f"\n{value}:\n", *lines(results, value, digits), sep="\n")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -31,23 +31,35 @@ class Tally:
 
     def result(self) -> dict[str, Any]:
         """Shares and nats as [value, low, high], 95 %."""
-        good, values = sum(self.right), np.array(self.divergences)
-        drawn = np.random.default_rng(0).choice(values, (RESAMPLED, len(values))).mean(1)
-        low, high = np.quantile(drawn, (0.025, 0.975))
+        good = sum(self.right)
         return {
             "right": [good / self.asked, *wilson(good, self.asked)],
-            "kl": [float(values.mean()), float(low), float(high)],
+            "kl": _interval(np.array(self.divergences)),
             "asked": self.asked,
         }
 
+    def beside(self, other: Tally) -> dict[str, Any]:
+        """What this one has more than the other, which was asked about the same scenes, scene by scene."""
+        share = self.asked / len(self.right)
+        return {
+            "right_more": _interval((np.array(self.right) - np.array(other.right)) / share),
+            "kl_more": _interval(np.array(self.divergences) - np.array(other.divergences)),
+        }
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    """The mean of scenes with its bootstrap interval."""
+    drawn = np.random.default_rng(0).choice(values, (RESAMPLED, len(values))).mean(1)
+    return [float(number) for number in (values.mean(), *np.quantile(drawn, (0.025, 0.975)))]
+
 
 def lines(results: dict[str, dict[str, dict[str, Any]]], value: str, digits: int) -> Iterator[str]:
-    """A Markdown table of `value` ("right" or "kl"): a row for each method, a column for each kind of prompt."""
+    """A Markdown table of `value` (a key of the results): a row for each method, a column for each kind of prompt."""
     kinds = list(next(iter(results.values())))
     yield from header(["method", *kinds])
     for method, by_kind in results.items():
         shown = (by_kind[kind][value] for kind in kinds)
-        cells = (f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})" for middle, low, high in shown)
+        cells = (f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})" for middle, low, high in shown)
         yield f"| {method} | {' | '.join(cells)} |"
 
 
