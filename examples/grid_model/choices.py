@@ -14,10 +14,8 @@ from torch import Tensor
 
 from grid_model.batches import branch_of
 from grid_model.cases import Case
-from grid_model.model import rms, rotary, rotate
-from grid_model.reuse import SPAN, Answers, GridModel, Mean, answer, reuse, turn_of
+from grid_model.reuse import SPAN, Answers, GridModel, Mean, Prompt, answer, ask, reuse
 from grid_model.scenes import Question
-from grid_model.sizes import GROUP, HEAD_DIM
 from vlcache_connector.policy import POLICIES
 from vlcache_connector.types import Run
 
@@ -86,7 +84,7 @@ def deviating(model: GridModel, case: Case, ratio: float, question: Question) ->
 def looked_at(model: GridModel, case: Case, ratio: float, question: Question) -> list[Sequence[Run]]:
     """Tokens at which the question looks most when all are reused (as CONDUIT)."""
     kv = reuse(model, case.prompt, case.entries, [()] * len(case.entries))
-    return largest(attention(model, case, kv, question)[case.prompt.spans], ratio)
+    return largest(attention(model, case.prompt, kv, question)[case.prompt.spans], ratio)
 
 
 def largest(scores: Tensor, ratio: float) -> list[Sequence[Run]]:
@@ -96,27 +94,11 @@ def largest(scores: Tensor, ratio: float) -> list[Sequence[Run]]:
 
 
 @torch.no_grad()
-def attention(model: GridModel, case: Case, kv: Tensor, question: Question) -> Tensor:
-    """How much a question looks at each token of the prompt: attention times the value's norm, summed over layers,
-    heads and words of the question. [tokens].
-    """
-    prompt, number = case.prompt, len(question.words)
-    ids = torch.tensor(branch_of(question, number + len(question.answer))[0][:number])
-    x, score, tokens = model.language.embed[ids][None], torch.zeros(len(prompt.x)), len(prompt.x)
-    own_turn = rotary(torch.arange(prompt.end, prompt.end + number).float().expand(3, 1, -1))
-    turn, future = turn_of(prompt.at), torch.ones(number, number, dtype=torch.bool).triu(1)
-    for index, layer in enumerate(model.layers):
-        normed = rms(x, layer.input_norm)
-        own_k, own_v = layer.keys(normed, own_turn)
-        stored_k, stored_v = (t.transpose(0, 1) for t in kv[index])
-        k = torch.cat((rotate(stored_k, *turn)[None], own_k), 2).repeat_interleave(GROUP, 1)
-        v = torch.cat((stored_v[None], own_v), 2).repeat_interleave(GROUP, 1)
-        logits = layer.queries(normed, own_turn) @ k.transpose(-1, -2) * HEAD_DIM**-0.5
-        logits[..., tokens:].masked_fill_(future, float("-inf"))
-        weights = logits.softmax(-1)
-        score += (weights[0, :, :, :tokens].sum(1) * v[0, :, :tokens].norm(dim=-1)).sum(0)
-        x = layer.finish(x, weights @ v)
-    return score
+def attention(model: GridModel, prompt: Prompt, kv: Tensor, question: Question) -> Tensor:
+    """How much the words of a question look at each token of the prompt; see `reuse.ask`. [tokens]."""
+    number = len(question.words)
+    ids = torch.tensor([branch_of(question, number + len(question.answer))[0][:number]])
+    return ask(model, prompt, kv, ids)[1]
 
 
 METHODS: dict[str, Method] = {

@@ -20,7 +20,7 @@ from torch.nn import functional
 from grid_model.batches import END, IMAGE, branch_of, prefix_of
 from grid_model.encoder import feature_table
 from grid_model.export import named_weights
-from grid_model.model import Encoder, Language, Layer, branch_attention, rms, rotary, rotate
+from grid_model.model import Encoder, Language, Layer, rms, rotary, rotate
 from grid_model.pictures import TOKENS
 from grid_model.scenes import Question, Scene
 from grid_model.sizes import GROUP, HEAD_DIM, KV_HEADS, LAYERS
@@ -155,11 +155,11 @@ def compute(
     every_turn, turn = turn_of(prompt.at), turn_of(prompt.at[:, rows])
     for index, layer in enumerate(model.layers):
         normed = rms(x, layer.input_norm)
-        fresh = torch.stack((_heads(normed, layer.k, layer.k_norm), _heads(normed, layer.v)))
+        fresh = torch.stack((heads_of(normed, layer.k, layer.k_norm), heads_of(normed, layer.v)))
         if move is not None:
             move(kv[index], fresh)
         kv[index, :, rows] = fresh
-        q = rotate(_heads(normed, layer.q, layer.q_norm).transpose(0, 1), *turn)
+        q = rotate(heads_of(normed, layer.q, layer.q_norm).transpose(0, 1), *turn)
         k, v = (t.transpose(0, 1) for t in kv[index])
         k, v = (t.repeat_interleave(GROUP, 0) for t in (rotate(k, *every_turn), v))
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=past)
@@ -168,7 +168,7 @@ def compute(
             x = x + prompt.deep[rows]
 
 
-def _heads(normed: Tensor, weight: Tensor, norm: Tensor | None = None) -> Tensor:
+def heads_of(normed: Tensor, weight: Tensor, norm: Tensor | None = None) -> Tensor:
     """[tokens, heads, dim], not rotated."""
     heads = (normed @ weight.T).unflatten(-1, (-1, HEAD_DIM))
     return heads if norm is None else rms(heads, norm)
@@ -202,16 +202,33 @@ def answer(model: GridModel, prompt: Prompt, kv: Tensor, questions: Sequence[Que
     length = max(len(q.words) + len(q.answer) for q in questions)
     branches = torch.tensor([branch_of(q, length) for q in questions])
     ids, labels = branches[:, 0], branches[:, 1]
-    y = model.language.embed[ids.flatten()][None]
-    own_turn = rotary(torch.arange(prompt.end, prompt.end + length).float().repeat(len(questions)).expand(3, 1, -1))
-    future, turn = torch.ones(length, length, dtype=torch.bool).triu(1), turn_of(prompt.at)
-    for index, layer in enumerate(model.layers):
-        normed = rms(y, layer.input_norm)
-        own_k, own_v = layer.keys(normed, own_turn)
-        k, v = (t.transpose(0, 1)[None] for t in kv[index])
-        attended = branch_attention(layer.queries(normed, own_turn), rotate(k, *turn), v, own_k, own_v, future)
-        y = layer.finish(y, attended)
+    y, _ = ask(model, prompt, kv, ids)
     logits = rms(y, model.language.norm).view(*ids.shape, -1) @ model.language.embed.T
     is_right = ((logits.argmax(-1) == labels) | (labels < 0)).all(1)
     said = (labels >= 0) & (labels != END)
     return Answers(is_right, logits[said], said.nonzero()[:, 0])
+
+
+def ask(model: GridModel, prompt: Prompt, kv: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Run branches `ids` [branches, length] behind a prompt, each as if the others were not there.
+
+    Returns their hidden states [branches x length, 128], and how much they look at each token of the prompt: attention
+    times the value's norm, summed over layers, heads and branches, [tokens].
+    """
+    number, length = ids.shape
+    tokens, y, looks = len(prompt.x), model.language.embed[ids.flatten()], torch.zeros(len(prompt.x))
+    turn = turn_of(prompt.at)
+    own_turn = turn_of(torch.arange(prompt.end, prompt.end + length).float().repeat(number).expand(3, -1))
+    own = torch.block_diag(*[torch.ones(length, length).tril()] * number).bool()
+    seen = torch.cat((torch.ones(len(own), tokens, dtype=torch.bool), own), 1)
+    for index, layer in enumerate(model.layers):
+        normed = rms(y, layer.input_norm)
+        q, k = (heads_of(normed, *w).transpose(0, 1) for w in ((layer.q, layer.q_norm), (layer.k, layer.k_norm)))
+        stored_k, stored_v = kv[index].transpose(1, 2)
+        k = torch.cat((rotate(stored_k, *turn), rotate(k, *own_turn)), 1).repeat_interleave(GROUP, 0)
+        v = torch.cat((stored_v, heads_of(normed, layer.v).transpose(0, 1)), 1).repeat_interleave(GROUP, 0)
+        logits = rotate(q, *own_turn) @ k.transpose(-1, -2) * HEAD_DIM**-0.5
+        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+        looks += (weights[:, :, :tokens].sum(1) * v[:, :tokens].norm(dim=-1)).sum(0)
+        y = layer.finish(y[None], (weights @ v)[None])[0]
+    return y, looks

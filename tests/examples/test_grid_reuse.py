@@ -6,20 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from grid_model import (
-    batches,
-    cases,
-    choices,
-    contexts,
-    errors,
-    errors_plot,
-    export,
-    reuse,
-    scenes,
-    tally,
-    train,
-    tried,
-)
+from grid_model import cases, chat, choices, contexts, errors, errors_plot, export, reuse, scenes, tally, tried
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlcache_connector.types import Run
 
@@ -42,23 +30,16 @@ def measured(model: reuse.GridModel, two_pictures: cases.Case) -> errors.Errors:
     return errors.measure(model, two_pictures)
 
 
-def test_answers_over_exact_kv_are_those_of_the_trainer(model: reuse.GridModel, two_pictures: cases.Case) -> None:
-    case, prefix = two_pictures, batches.prefix_of(two_pictures.scene, 4, np.random.default_rng(0), 0)
-    length = max(len(q.words) + len(q.answer) for q in case.questions)
-    branches = torch.tensor([batches.branch_of(q, length) for q in case.questions])
-    batch = batches.Batch(
-        ids=torch.tensor([prefix.ids]),
-        content=torch.from_numpy(prefix.content)[None],
-        place=torch.from_numpy(prefix.place)[None],
-        at=torch.from_numpy(prefix.at)[:, None].float(),
-        branches=branches[None, :, 0],
-        labels=branches[None, :, 1],
-        branch_at=torch.arange(prefix.end, prefix.end + length).float(),
-        tasks=np.array([[q.task for q in case.questions]]),
-    )
-    with torch.no_grad():
-        logits, labels = train.logits_of(model.language, model.tables, batch)
-    torch.testing.assert_close(case.expected.logits, logits[labels != batches.END], rtol=0.0, atol=1e-3)
+def test_answers_over_exact_kv_are_those_of_transformers(model: reuse.GridModel, two_pictures: cases.Case) -> None:
+    case, processor = two_pictures, AutoProcessor.from_pretrained(MODEL)
+    reader = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32)
+    pictures = chat.pictures_of(case.scene)
+    for number, question in enumerate(case.questions[:3]):
+        text = processor.apply_chat_template(chat.chat_of(case.scene, question), tokenize=False)
+        with torch.no_grad():
+            logits = reader(**processor(text=[text], images=pictures, return_tensors="pt")).logits[0, -1]
+        first = int((case.expected.question == number).float().argmax())
+        torch.testing.assert_close(case.expected.logits[first], logits, rtol=0.0, atol=1e-2)
     assert case.expected.right.all()
 
 
@@ -108,12 +89,11 @@ def test_choices_take_the_share_that_they_were_given(model: reuse.GridModel, two
 
 
 def test_a_question_looks_at_the_cell_it_asks_about(model: reuse.GridModel) -> None:
-    scene = scenes.new_scene(np.random.default_rng(6))
-    prompt = reuse.prompt_of(model, scene)
-    kv, question = reuse.exact(model, prompt), scenes.Question("at colour", ["colour", "at", "c5"], ["red"])
-    case = cases.Case(scene, [question], prompt, kv, [], reuse.answer(model, prompt, kv, [question]))
-    score = choices.attention(model, case, kv, question)[prompt.spans[0]].view(8, 2, 8, 2).sum((1, 3))
-    assert divmod(int(score.argmax()), 8) == (4, 2)
+    prompt = reuse.prompt_of(model, scenes.new_scene(np.random.default_rng(6)))
+    question = scenes.Question("at colour", ["colour", "at", "c5"], ["red"])
+    score = choices.attention(model, prompt, reuse.exact(model, prompt), question)
+    by_cell = score[prompt.spans[0]].view(8, 2, 8, 2).sum((1, 3))
+    assert divmod(int(by_cell.argmax()), 8) == (4, 2)
 
 
 def test_the_first_layer_has_no_error_and_what_is_reused_alone_touches_nothing_else_there(
