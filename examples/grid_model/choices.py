@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grid_model.batches import branch_of
 from grid_model.cases import Case
-from grid_model.reuse import SPAN, Answers, GridModel, Mean, Prompt, answer, ask, reuse
+from grid_model.reuse import SPAN, Answers, GridModel, Mean, Prompt, answer, ask, reuse, tokens_of
 from grid_model.scenes import Question
 from vlcache_connector.policy import POLICIES
 from vlcache_connector.types import Run
@@ -87,6 +87,14 @@ def looked_at(model: GridModel, case: Case, ratio: float, question: Question) ->
     return largest(attention(model, case.prompt, kv, question)[case.prompt.spans], ratio)
 
 
+def looked_at_and_spread(model: GridModel, case: Case, ratio: float, question: Question) -> list[Sequence[Run]]:
+    """Half of the share at which the question looks most, and the samples of `shifted` at the other half."""
+    spread = [tokens_of(runs) for runs in policy("shifted")(model, case, ratio / 2, question)]
+    found = [tokens_of(runs) for runs in looked_at(model, case, ratio / 2, question)]
+    both = [torch.cat(parts).unique().tolist() for parts in zip(spread, found, strict=True)]
+    return [[Run(token, token + 1) for token in tokens] for tokens in both]
+
+
 def largest(scores: Tensor, ratio: float) -> list[Sequence[Run]]:
     """The best of all pictures' tokens together; `scores` is [pictures, SPAN]."""
     best = scores.flatten().topk(math.ceil(ratio * scores.numel() - 1e-9)).indices.sort().values.tolist()
@@ -107,6 +115,8 @@ METHODS: dict[str, Method] = {
     "strided": Method(strided),
     "deviation": Method(deviating),
     "scored": Method(looked_at, by_question=True),
+    "scored + mean": Method(looked_at, mean_of_runs, by_question=True),
+    "scored, parts + mean": Method(looked_at_and_spread, mean_of_runs, by_question=True),
     "leading + mean": Method(policy("leading"), mean_of_runs),
     "strided + mean": Method(strided, mean_of_runs),
     "strided + shrunk mean": Method(strided, shrunk_mean),

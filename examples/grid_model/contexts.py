@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grid_model.cases import HELD_OUT, KINDS, cases
 from grid_model.choices import METHODS
-from grid_model.reuse import GridModel, entry, exact, load, prompt_of, without_text
+from grid_model.reuse import GridModel, entry, exact, load, part_of, prompt_of
 from grid_model.scenes import Scene, new_scene
 from grid_model.tally import Tally, lines
 
@@ -47,8 +47,17 @@ def behind_template(model: GridModel, picture: np.ndarray, random: Generator) ->
     return entry(model, Scene(picture[None]))
 
 
+def behind_start(model: GridModel, picture: np.ndarray, random: Generator) -> Tensor:
+    """Behind the token that opens every picture, without the one that opens the prompt."""
+    prompt = prompt_of(model, Scene(picture[None]))
+    kept = prompt.is_image.clone()
+    kept[int(prompt.spans[0, 0]) - 1] = True
+    return exact(model, part_of(prompt, kept))[:, :, 1:]
+
+
 def behind_nothing(model: GridModel, picture: np.ndarray, random: Generator) -> Tensor:
-    return exact(model, without_text(prompt_of(model, Scene(picture[None]))))
+    prompt = prompt_of(model, Scene(picture[None]))
+    return exact(model, part_of(prompt, prompt.is_image))
 
 
 CONTEXTS: dict[str, Compile] = {
@@ -56,6 +65,7 @@ CONTEXTS: dict[str, Compile] = {
     "a legend": behind_legend,
     "1-3 other pictures": behind_pictures,
     TEMPLATE: behind_template,
+    "its start token": behind_start,
     "nothing": behind_nothing,
 }
 

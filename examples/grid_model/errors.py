@@ -103,7 +103,8 @@ def _all_but_one(model: GridModel, case: Case, picture: int) -> Iterator[Tensor]
 def _own(case: Case, deviation: Tensor, span: Tensor) -> np.ndarray:
     """[layers, 2, blocks]."""
     relative = _relative(deviation[:, :, span], case.exact[:, :, span])
-    return relative.unflatten(-1, (-1, BLOCK)).mean(-1).numpy()
+    blocks: np.ndarray = relative.unflatten(-1, (-1, BLOCK)).mean(-1).numpy()
+    return blocks
 
 
 def _handed_on(case: Case, alone: list[tuple[Tensor, Tensor]], span: Tensor) -> np.ndarray:
@@ -119,7 +120,8 @@ def _handed_on(case: Case, alone: list[tuple[Tensor, Tensor]], span: Tensor) -> 
 
 def _relative(deviation: Tensor, exact: Tensor) -> Tensor:
     """[layers, 2, tokens]."""
-    return deviation.flatten(3).norm(dim=-1) / exact.flatten(3).norm(dim=-1)
+    relative: Tensor = deviation.flatten(3).norm(dim=-1) / exact.flatten(3).norm(dim=-1)
+    return relative
 
 
 def _residual(together: Tensor, one_by_one: list[Tensor]) -> float:

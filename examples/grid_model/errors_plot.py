@@ -29,10 +29,10 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     _by_layer(axes[4], results)
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8)
     figure.suptitle("What goes wrong when pictures are reused, by row of 16 tokens and by layer: grid model, float32")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(results), frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -43,7 +43,7 @@ def _by_block(axes: Axes, results: dict[str, dict[str, Any]], key: str, title: s
             values = values[1:].mean((0, 1))
         if key == "saved_kl":
             values = values / result["reused_kl"]
-        axes.plot(range(1, len(values) + 1), values, label=kind)
+        axes.plot(range(1, len(values) + 1), np.where(values == 0, np.nan, values), label=kind)
     if key in ("handed_on", "answers_kl"):
         axes.set_yscale("log")
     axes.set_title(title, fontsize=10)

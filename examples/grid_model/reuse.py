@@ -84,10 +84,9 @@ def prompt_of(model: GridModel, scene: Scene) -> Prompt:
     return Prompt(x, deep, torch.from_numpy(prefix.at).float(), is_image, prefix.end)
 
 
-def without_text(prompt: Prompt) -> Prompt:
-    """Its pictures with nothing before or between them, not even what the chat template writes."""
-    kept = prompt.is_image
-    return Prompt(prompt.x[kept], prompt.deep[kept], prompt.at[:, kept], kept[kept], prompt.end)
+def part_of(prompt: Prompt, kept: Tensor) -> Prompt:
+    """The tokens of a prompt that are marked, at the positions they have, as if there were no others."""
+    return Prompt(prompt.x[kept], prompt.deep[kept], prompt.at[:, kept], prompt.is_image[kept], prompt.end)
 
 
 @torch.no_grad()

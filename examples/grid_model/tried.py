@@ -23,10 +23,12 @@ from grid_model.tally import Tally, lines
 RATIOS = (0.02, 0.05)
 
 
-def compare(folder: Path, kinds: list[str], scenes: int, questions: int) -> dict[str, dict[str, Any]]:
+def compare(
+    folder: Path, kinds: list[str], methods: list[str], scenes: int, questions: int
+) -> dict[str, dict[str, Any]]:
     """Results by method (with its ratio) and kind; see `Tally.result`."""
     model = load(folder)
-    runs = {f"{name}, {ratio:.0%}": (name, ratio) for ratio in RATIOS for name in METHODS if name != "none"}
+    runs = {f"{name}, {ratio:.0%}": (name, ratio) for ratio in RATIOS for name in methods if name != "none"}
     runs = {"none": ("none", 0.0)} | runs
     results: dict[str, dict[str, Any]] = defaultdict(dict)
     for kind in kinds:
@@ -46,11 +48,13 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--scenes", type=int, default=40, help="of each kind")
     parser.add_argument("--questions", type=int, default=24, help="about each scene")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = compare(options.checkpoint, list(KINDS), options.scenes, options.questions)
+    results = compare(options.checkpoint, options.kinds, options.methods, options.scenes, options.questions)
     for value, digits in (("right", 2), ("kl", 3)):
         print(f"\n{value}:\n", *lines(results, value, digits), sep="\n")
     if options.json:

@@ -48,7 +48,10 @@ def warm(cache: Cache, images: Sequence[Path], parallel: int, check: bool) -> It
     yield {"result": {"images": outcomes, **counts}}
 
 
-_NOT_KEPT = "it was not kept; give the cache more room (host_gib, disk_path), or warm fewer images"
+_NOT_KEPT = (
+    "it was not kept; give the cache more room (host_gib, disk_path), or warm fewer images. With entry_context = "
+    "'alone' it may come when the engine is idle: ask again later"
+)
 _ADVICE = {
     "in_prefix_cache": "vLLM's own prefix cache has it, so nothing was computed; it serves this prompt, but no other. "
     "Reset that cache (/reset_prefix_cache, or a restart) and warm again",
