@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[dict[str, int], dict[str, float]]] = {
 }
 RATIOS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 BATCH = 8
-CONNECTOR: dict[str, Any] = {
+CONNECTOR = {
     "kv_connector": "VLCacheConnector",
     "kv_connector_module_path": "vlcache_connector",
     "kv_role": "kv_both",

@@ -41,6 +41,13 @@ def test_alone_is_not_computed_twice_nor_for_a_prompt_that_begins_with_the_image
     assert kept(engine) == [("computed when idle", 0)]
 
 
+def test_alone_never_means_behind_a_token_of_another_image(make_engine: MakeEngine) -> None:
+    engine = make_engine(entry_context="alone")
+    engine.ask(Ask([*OPEN, A, B, *CLOSE]))
+    engine.run()
+    assert kept(engine) == [("computed when idle", 1), ("computed when idle", 0)]
+
+
 def test_a_picture_behind_a_reused_one_is_computed_behind_the_opening_or_alone(make_engine: MakeEngine) -> None:
     for context, before in (("first", len(OPEN)), ("alone", 1)):
         engine = make_engine(entry_context=context)

@@ -55,14 +55,19 @@ class CompileQueue:
         if len(self._queue) >= _MAX_QUEUED:
             self._session.counters.add("dropped_saves", label="queue_full")
             return
-        before = prompt.token_ids[max(0, span.offset - 1) : span.offset]
-        if not self._alone:
-            before = prompt.token_ids[: prompt.media[0].offset]
+        before = self._context(prompt, span)
         moved = replace(span, offset=len(before))
         tokens = before + prompt.token_ids[span.offset : span.end]
         behind_opening = Prompt(tokens, (replace(prompt.media[-1], offset=len(before)),))
         self._queue.append(_Waiting(moved, behind_opening, entry_class))
         self._queued.add(span.kv_key)
+
+    def _context(self, prompt: Prompt, span: Span) -> tuple[int, ...]:
+        """The tokens behind which an image is computed; none of them is another image's."""
+        if not self._alone:
+            return prompt.token_ids[: prompt.media[0].offset]
+        others_end = max((media.offset + media.length for media in prompt.media[:-1]), default=0)
+        return prompt.token_ids[max(others_end, span.offset - 1) : span.offset]
 
     def clear(self) -> None:
         self._queue.clear()
