@@ -3,8 +3,8 @@
 cd examples && python -m grid_model.contexts_vllm grid_model/model --questions 24
 
 Only requests that did reuse count; the engine declines reuse that would not pay, which pictures as small as these may
-not (then "-"). With `--alone` the engine runs with entry_context = "alone": whatever a picture was seen behind, its entry is computed
-behind its start token when the engine is idle.
+not (then "-"). With `--alone` the engine runs with entry_context = "alone": whatever a picture was seen behind, its
+entry is computed behind its start token when the engine is idle.
 """
 
 from __future__ import annotations
