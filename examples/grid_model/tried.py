@@ -2,7 +2,7 @@
 
 cd examples && python -m grid_model.tried grid_model/model --scenes 40 --json tried.json
 
-Every picture was seen alone before, as in `compare.py`, which does the same with a few methods through vLLM.
+Every picture was seen alone before, behind nothing but what the chat template writes.
 """
 
 from __future__ import annotations

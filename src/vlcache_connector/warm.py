@@ -1,8 +1,8 @@
 """What `vlcache warm` does: shows images to a running server, each alone, so that they are known before they are asked
 about.
 
-Each is sent behind nothing but what the chat template writes. Measured with the grid model (`examples/grid_model`),
-entries of that context served later prompts as well as any other that was tried, and better than some.
+Each is sent behind nothing but what the chat template writes, so that no text about it gets into its entry: see
+`examples/grid_model/REUSE.md` for what that does to later answers.
 """
 
 from collections.abc import Iterator, Sequence
