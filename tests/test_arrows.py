@@ -30,11 +30,13 @@ ARROWS: dict[str, set[str]] = {
     "engine": _GROUND | {"policy", "config", "plan", "store", "exec", "__init__"},
     "__init__": {"engine"},  # by name, on first use
     "environment": {"errors", "kernels", "engine"},
-    "explain": {"errors"},
+    "openai_api": {"errors"},
+    "explain": {"openai_api"},
+    "warm": {"openai_api"},
     "plotting": {"errors"},
     "simulate": _GROUND | {"store", "plotting"},
     "evaluate": _GROUND | {"policy", "plotting"},
-    "cli": {"errors", "config", "environment", "explain", "simulate", "evaluate", "plotting", "store"},
+    "cli": {"errors", "config", "environment", "explain", "warm", "simulate", "evaluate", "plotting", "store"},
 }
 MAY_IMPORT_VLLM = {"engine", "evaluate/asking.py"}
 MAY_IMPORT_TORCH = {

@@ -79,7 +79,7 @@ def test_a_wrong_command_line_is_status_2(run: Run, arguments: list[str]) -> Non
 
 def test_help_names_the_commands_and_the_statuses(run: Run) -> None:
     _, out, _ = run("--help")
-    for word in ("env ", "explain ", "ls ", "check ", "clear ", "snapshot ", "\n  130  interrupted"):
+    for word in ("env ", "explain ", "warm ", "ls ", "check ", "clear ", "snapshot ", "\n  130  interrupted"):
         assert word in out
 
 

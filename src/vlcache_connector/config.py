@@ -12,6 +12,7 @@ from vlcache_connector.types import KINDS, MODALITIES, Mode
 
 ATTENTION = ("engine", "vlcache", "xformers")
 EVICTION = ("lru", "cost")
+CONTEXTS = ("first", "alone")
 DEFAULT_POLICY, DEFAULT_RATIO = "shifted", 0.05
 CLASSES = (*KINDS, *MODALITIES, "tenant")
 """Classes of entries that limits are for; besides these, "tenant:NAME" is the tenant with this cache_salt."""
@@ -46,6 +47,10 @@ class Options:
     """MiB per second that a snapshot writes at most."""
     min_reuse_tokens: int = 64
     """Smallest number of tokens of known media, reused or recomputed, for which a request is worth touching."""
+    entry_context: str = "first"
+    """What stands before an image when its KV is computed to be kept: "first", what the first request has there;
+    "alone", nothing but the token that opens every image. That is done when the engine is idle; until then the image is
+    not known."""
     attention: str = "engine"
     """Attention of recompute passes: "engine" for its own, best for runs of tokens; "vlcache" for scattered tokens;
     "xformers" where that package runs."""
@@ -80,6 +85,7 @@ class Options:
         _check("snapshot_interval_s", self.snapshot_interval_s, lambda v: v is None or _is_time(v), "seconds above 0")
         _check("snapshot_mib_s", self.snapshot_mib_s, _is_time, "a number above 0 (MiB per second)")
         _check("min_reuse_tokens", self.min_reuse_tokens, _is_count, "a whole number from 1")
+        _check("entry_context", self.entry_context, lambda v: v in CONTEXTS, f"one of {list(CONTEXTS)}")
         _check("attention", self.attention, lambda v: v in ATTENTION, f"one of {list(ATTENTION)}")
         _check("trust_client_uuids", self.trust_client_uuids, lambda v: isinstance(v, bool), "true or false")
         _check("eviction", self.eviction, lambda v: v in EVICTION, f"one of {list(EVICTION)}")

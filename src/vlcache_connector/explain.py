@@ -3,39 +3,17 @@
 The prompt is really answered, with one token, so the images in it are known afterwards.
 """
 
-import base64
-import json
-import mimetypes
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlcache_connector.errors import VLCacheError
-
-_TIMEOUT_S = 600
-
-
-class ServerError(VLCacheError):
-    """The server cannot be reached, or refuses the prompt."""
+from vlcache_connector.openai_api import first_model, report_of
 
 
 def ask(url: str, model: str | None, parts: Sequence[str | Path], ratio: float | None) -> dict[str, Any]:
     """The report of a chat request with these texts and image files, in order. Raises `ServerError`."""
-    content = [_image_part(part) if isinstance(part, Path) else {"type": "text", "text": part} for part in parts]
-    vlcache: dict[str, Any] = {"explain": True} | ({} if ratio is None else {"recompute_ratio": ratio})
-    body = {
-        "model": model or _only_model(url),
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": 1,
-        "kv_transfer_params": {"vlcache": vlcache},
-    }
-    answer = _request(f"{url}/v1/chat/completions", body)
-    report = (answer.get("kv_transfer_params") or {}).get("vlcache")
-    if not isinstance(report, dict):
-        raise ServerError(f"the server at {url} does not use VLCacheConnector, or the prompt has no image")
-    return report
+    options: dict[str, Any] = {"explain": True} | ({} if ratio is None else {"recompute_ratio": ratio})
+    return report_of(url, model or first_model(url), parts, options)
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
@@ -65,27 +43,3 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
 
 def _shown(runs: Sequence[Sequence[int]]) -> str:
     return ", ".join(f"{start}-{end - 1}" for start, end in runs)
-
-
-def _image_part(path: Path) -> dict[str, Any]:
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
-    url = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def _only_model(url: str) -> str:
-    name: str = _request(f"{url}/v1/models")["data"][0]["id"]
-    return name
-
-
-def _request(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-            answer: dict[str, Any] = json.load(response)
-            return answer
-    except urllib.error.HTTPError as error:
-        raise ServerError(f"{url} answered {error.code}: {error.read().decode(errors='replace')[:500]}") from error
-    except (OSError, ValueError) as error:
-        raise ServerError(f"{url} does not answer: {error}") from error

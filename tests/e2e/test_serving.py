@@ -117,6 +117,28 @@ def test_vlcache_explain_shows_the_plan_for_a_prompt(
     assert "404" in capsys.readouterr().err
 
 
+def test_vlcache_warm_makes_pictures_known_before_somebody_asks(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = [Picture(number) for number in (31, 32, 33)]
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for picture, file in zip(pictures, files, strict=True):
+        picture.pixels().save(file)
+    command = ["warm", "--url", server.url, *map(str, files)]
+    assert main([*command, str(files[0]), "--check"]) == 0
+    assert capsys.readouterr().out == "3 images: 3 computed, 0 known before, 0 failed\n"
+    report = chat(server, "asked for the first time: ", pictures[1], "what?")["kv_transfer_params"]["vlcache"]
+    assert report["reused_tokens"] > 80
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    assert main([*command, str(broken), "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert [image["outcome"] for image in result["images"]] == ["known"] * 3 + ["failed"]
+    assert "answered 400" in result["images"][3]["error"]
+    assert main([*command, "--cache-salt", "somebody else"]) == 0
+    assert "3 computed" in capsys.readouterr().out
+
+
 def metric(server: Server, name: str) -> float:
     lines = [line for line in server.get("/metrics").splitlines() if line.startswith(f"vllm:vlcache_{name}_total{{")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)

@@ -4,6 +4,9 @@ idle.
 The embedding of such an image is exact and was stored when it was encoded. In an idle step the image is run through the
 layers behind the text that opened its conversation, in scratch blocks of the engine's own block pool, and saved as an
 exact entry. So a chat that begins with a known image still learns the later ones.
+
+With the option `entry_context = "alone"` all entries are made here, behind nothing but the token that opens an image:
+what a request happened to have before it (a legend, say) is then not in the entry that others get.
 """
 
 from collections import deque
@@ -31,8 +34,9 @@ class _Waiting:
 class CompileQueue:
     """Entries to compute, oldest first. Scheduler side."""
 
-    def __init__(self, session: SchedulerSession) -> None:
+    def __init__(self, session: SchedulerSession, alone: bool) -> None:
         self._session = session
+        self._alone = alone
         self._queue: deque[_Waiting] = deque()
         self._queued: set[bytes] = set()
         self._pool: BlockPool | None = None
@@ -45,18 +49,25 @@ class CompileQueue:
         self._pool, self._block_size = pool, block_size
 
     def add(self, span: Span, prompt: Prompt, entry_class: EntryClass) -> None:
-        """Queue the last image of `prompt`, behind the prompt's opening text and nothing else."""
+        """Queue the last image of `prompt`, behind the prompt's opening text, or its own start, and nothing else."""
         if span.kv_key in self._queued:
             return
         if len(self._queue) >= _MAX_QUEUED:
             self._session.counters.add("dropped_saves", label="queue_full")
             return
-        opening = prompt.media[0].offset
-        moved = replace(span, offset=opening)
-        tokens = prompt.token_ids[:opening] + prompt.token_ids[span.offset : span.end]
-        behind_opening = Prompt(tokens, (replace(prompt.media[-1], offset=opening),))
+        before = self._context(prompt, span)
+        moved = replace(span, offset=len(before))
+        tokens = before + prompt.token_ids[span.offset : span.end]
+        behind_opening = Prompt(tokens, (replace(prompt.media[-1], offset=len(before)),))
         self._queue.append(_Waiting(moved, behind_opening, entry_class))
         self._queued.add(span.kv_key)
+
+    def _context(self, prompt: Prompt, span: Span) -> tuple[int, ...]:
+        """The tokens behind which an image is computed; none of them is another image's."""
+        if not self._alone:
+            return prompt.token_ids[: prompt.media[0].offset]
+        others_end = max((media.offset + media.length for media in prompt.media[:-1]), default=0)
+        return prompt.token_ids[max(others_end, span.offset - 1) : span.offset]
 
     def clear(self) -> None:
         self._queue.clear()

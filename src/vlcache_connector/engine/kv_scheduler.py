@@ -52,7 +52,7 @@ class VLCacheScheduler:
         self._loads = LoadQueue(session, vllm_config.scheduler_config.max_num_batched_tokens)
         self._states: dict[str, RequestState] = {}
         self._reported: set[Reason] = set()
-        self._saves = SavePlanner(session)
+        self._saves = SavePlanner(session, self._options.entry_context == "alone")
         self._kv_cache_manager: KVCacheManager | None = None
 
     # -- life of a request --------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 
 class SavePlanner:
-    """Makes the save jobs of each step."""
+    """Makes the save jobs of each step. `alone`: every entry is computed by the idle engine, behind nothing."""
 
-    def __init__(self, session: SchedulerSession) -> None:
+    def __init__(self, session: SchedulerSession, alone: bool) -> None:
         self._session = session
+        self._alone = alone
         self._kv_cache_manager: KVCacheManager | None = None
-        self.compiles = CompileQueue(session)
+        self.compiles = CompileQueue(session, alone)
 
     def bind(self, kv_cache_manager: "KVCacheManager", block_size: int) -> None:
         self._kv_cache_manager = kv_cache_manager
@@ -37,7 +38,7 @@ class SavePlanner:
                 continue
             if self._session.index.holds(span.kv_key):
                 continue
-            if state.is_approximate:
+            if state.is_approximate or self._alone:
                 self._save_embedding(state, number, metadata)  # what it is computed from later
                 self.compiles.add(span, state.prompt(span.end), state.entry_class("kv"))
             elif self._save(state, number, metadata):
