@@ -24,7 +24,7 @@ url=http://127.0.0.1:$port
 "$python" -m vllm.entrypoints.cli.main serve "$model" --served-model-name example --host 127.0.0.1 \
   --max-model-len 8192 --limit-mm-per-prompt '{"image": 4, "video": 0}' --kv-transfer-config '{
     "kv_connector": "VLCacheConnector", "kv_connector_module_path": "vlcache_connector", "kv_role": "kv_both",
-    "kv_connector_extra_config": {"recompute_ratio": 0.05, "host_gib": 2}}' "$@" &
+    "kv_connector_extra_config": {"recompute_ratio": 0.02, "host_gib": 2}}' "$@" &
 server=$!
 folder=$(mktemp --directory)
 trap 'kill $server 2>/dev/null || true; wait $server || true; rm -r "$folder"' EXIT

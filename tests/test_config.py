@@ -83,7 +83,7 @@ def test_an_empty_configuration_gives_the_documented_defaults() -> None:
     assert asdict(Options.parse({})) == {
         "mode": "reuse",
         "policy": "shifted",
-        "recompute_ratio": 0.05,
+        "recompute_ratio": 0.02,
         "recompute_tokens": None,
         "host_gib": 4.0,
         "disk_path": None,

@@ -13,7 +13,7 @@ from vlcache_connector.types import KINDS, MODALITIES, Mode
 ATTENTION = ("engine", "vlcache", "xformers")
 EVICTION = ("lru", "cost")
 CONTEXTS = ("first", "alone")
-DEFAULT_POLICY, DEFAULT_RATIO = "shifted", 0.05
+DEFAULT_POLICY, DEFAULT_RATIO = "shifted", 0.02
 CLASSES = (*KINDS, *MODALITIES, "tenant")
 """Classes of entries that limits are for; besides these, "tenant:NAME" is the tenant with this cache_salt."""
 

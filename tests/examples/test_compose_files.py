@@ -106,7 +106,7 @@ def test_the_connector_takes_the_options_in_the_command(files: list[Path]) -> No
     if "remote" in extra and "remote" not in Options.__dataclass_fields__:
         pytest.skip("to run it: this version needs the option `remote`")
     options = Options.parse(extra)
-    assert options.mode == "exact" and options.recompute_ratio == 0.05
+    assert options.mode == "exact" and options.recompute_ratio == 0.02
     assert flag["kv_role"] == "kv_producer", "clients are not trusted: no embedding inputs"
 
 
