@@ -47,6 +47,7 @@ def server(request: pytest.FixtureRequest, lmcache_port: int, tmp_path: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH", "")))))
         patch.setenv("LMCACHE_TRACK_USAGE", "false")
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")  # as users have it: numbers are written to the log, too
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # so that its prefix cache can be emptied
         started = Server(checkpoint, tmp_path / "server.log", *LIMITS, *flags, "--kv-transfer-config", json.dumps(both))
     try:
