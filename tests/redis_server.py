@@ -86,6 +86,8 @@ class Road:
         self._target = port
         self.is_open = threading.Event()  # while it is not set, nothing moves
         self.is_open.set()
+        self.delay_s = 0.0  # of every piece of an answer
+        self.num_delayed = 0
         self.num_connections = 0
         self._pairs: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -115,13 +117,16 @@ class Road:
                     near.close()
                     continue
                 self._pairs += [near, far]
-                for source, target in ((near, far), (far, near)):
-                    threading.Thread(target=self._carry, args=(source, target), daemon=True).start()
+                for ends in ((near, far, False), (far, near, True)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
 
-    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+    def _carry(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
         with contextlib.suppress(OSError), source, target:
             while data := source.recv(1 << 16):
                 self.is_open.wait()
+                if is_answer and self.delay_s > 0:
+                    time.sleep(self.delay_s)
+                    self.num_delayed += 1
                 target.sendall(data)
 
 

@@ -64,6 +64,17 @@ class Server:
             answer: dict[str, Any] = json.load(response)
             return answer
 
+    def reset(self, cache: str) -> None:
+        """Empty one of vLLM's caches, once nothing holds it. The server must run with `VLLM_SERVER_DEV_MODE=1`."""
+        deadline = time.monotonic() + 60
+        while True:
+            with urllib.request.urlopen(f"{self.url}/reset_{cache}_cache", b"", timeout=60) as response:
+                told = response.read()
+            if not told or json.loads(told)["success"]:
+                return
+            assert time.monotonic() < deadline, f"the {cache} cache is held"
+            time.sleep(0.1)
+
     def close(self) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGINT)

@@ -34,10 +34,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def chat(server: Server, *parts: str | Picture, params: dict[str, Any] | None = None) -> dict[str, Any]:
-    content = [_part(part) for part in parts]
     body: dict[str, Any] = {
         "model": "tested",
-        "messages": [{"role": "user", "content": content}],
+        "messages": [{"role": "user", "content": content_of(*parts)}],
         "max_tokens": 4,
         "temperature": 0,
         "logprobs": True,
@@ -46,6 +45,11 @@ def chat(server: Server, *parts: str | Picture, params: dict[str, Any] | None = 
     if params is not None:
         body["kv_transfer_params"] = {"vlcache": params}
     return server.post("/v1/chat/completions", body)
+
+
+def content_of(*parts: str | Picture) -> list[dict[str, Any]]:
+    """Of a message."""
+    return [_part(part) for part in parts]
 
 
 def _part(part: str | Picture) -> dict[str, Any]:

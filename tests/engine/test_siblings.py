@@ -102,6 +102,12 @@ def test_one_flag_still_sets_up_both_connectors_and_the_way_out_of_failed_loads(
     assert SCHEDULERS._sessions[engine.instance_id][0].has_ec_only
 
 
+def test_numbers_of_ours_arrive_in_an_api_server(multi: Any) -> None:
+    """As plain data from the engine's process, for which `MultiConnector` finds our class by its name alone."""
+    stats = type(multi).build_kv_connector_stats({"VLCacheConnector": {"hits": 2.0}})
+    assert stats["VLCacheConnector"].data == {"hits": 2.0}
+
+
 def test_alone_the_configuration_is_the_engine_s_own(base_config: Any) -> None:
     assert outer_config(base_config) is base_config
 

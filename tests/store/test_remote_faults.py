@@ -112,6 +112,42 @@ def test_a_store_that_stands_still_costs_one_time_out_and_comes_back(
     assert counts["tier_breaker:remote_opened"] == counts["tier_breaker:remote_closed"] == 1
 
 
+def test_a_store_that_is_merely_slow_does_everything(server: RedisServer, road: Road, counts: Counts) -> None:
+    tier = remote_tier(resp(road.port), counts)
+    road.delay_s = 0.2  # of a time-out of many seconds
+    meta = stored(tier, 1)
+    assert is_there(tier, meta) and read_back(tier, meta) == bytes_of(filled(meta))
+    assert not is_there(tier, meta_of(2))
+    other = remote_tier(resp(road.port), counts)  # connects slowly as well
+    assert is_there(other, meta) and read_back(other, meta) == bytes_of(filled(meta))
+    assert other.clear() == 1 and server.blobs() == []
+    assert road.num_delayed >= 8, "each operation waited"
+    assert counts == {"asked_entries:remote_hit": 2, "asked_entries:remote_miss": 1}, "and none failed"
+
+
+def test_a_store_slower_than_the_time_out_costs_one_and_its_late_answers_are_not_mistaken(
+    server: RedisServer, road: Road, counts: Counts
+) -> None:
+    tier = remote_tier(resp(road.port, timeout_s=SHORT_S), counts)
+    metas = [stored(tier, seed) for seed in range(3)]
+    road.delay_s = 2 * SHORT_S
+    for meta in metas:
+        with pytest.raises(EntryLostError):
+            read_back(tier, meta)
+        with pytest.raises(OSError, match="store"):
+            stored(tier, 4)
+    assert tier.is_given_up and counts["tier_failures:remote_timeout"] == 1
+    tier.refresh()
+    assert tier.is_given_up, "it is as slow as before"
+    road.delay_s = 0.0
+    tier.refresh()
+    assert not tier.is_given_up and tier.check() == []
+    for meta in metas:
+        assert is_there(tier, meta) and read_back(tier, meta) == bytes_of(filled(meta))
+    assert counts["tier_breaker:remote_opened"] == counts["tier_breaker:remote_closed"] == 1
+    assert counts["tier_failures:remote_timeout"] == 1 and counts["tier_retries:remote"] == 0
+
+
 def test_a_store_that_is_not_there_at_the_start_is_found_later(tmp_path: Path, counts: Counts) -> None:
     port = free_port()
     tier = remote_tier(resp(port, timeout_s=SHORT_S), counts)

@@ -26,7 +26,7 @@ from vlcache_connector.engine.kv_worker import StepAnswers, VLCacheWorker, answe
 from vlcache_connector.engine.metadata import VLCacheMetadata, VLCacheWorkerMetadata
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import SCHEDULERS, WORKERS, SchedulerSession, WorkerSession, entry_layout
-from vlcache_connector.engine.siblings import outer_config, sibling_reason
+from vlcache_connector.engine.siblings import outer_config, register, sibling_reason
 from vlcache_connector.engine.stats import VLCachePromMetrics, VLCacheStats
 from vlcache_connector.engine.support import SWITCHED_OFF, engine_reason, warn_of_embedding_inputs
 from vlcache_connector.errors import OptionError, VLCacheError
@@ -250,3 +250,6 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> "KVConnectorPromMetrics | None":
         return VLCachePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+register(VLCacheConnector.__name__, __name__)

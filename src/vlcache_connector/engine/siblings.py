@@ -7,7 +7,9 @@ Everywhere else reuse of KV is declined. So is saving: what a sibling loads coun
 token ids alone gives an image the KV of another of the same size. Encoder outputs are exact in any case.
 
 Of vLLM's own, `SimpleCPUOffloadConnector` takes the hash of the block itself. `OffloadingConnector` copies a request's
-hashes when it is first asked, which may be before they change; all others key by token ids, by request, or are unknown.
+hashes when it is first asked, which may be before they change. LMCache's `LMCacheMPConnector` keys by token ids, with
+the image's hash in place of the image's tokens (lmcache 0.5.5 on; 16 bits of the hash in 0.5.4). All others key by
+token ids, by request, or are unknown.
 """
 
 import sys
@@ -15,12 +17,21 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEYED_BY_BLOCK = ("SimpleCPUOffloadConnector", "VLCacheConnector")
+
+
+def register(name: str, module: str) -> None:
+    """Make a connector's class known by name: where numbers of its children arrive in the API server, `MultiConnector`
+    of vLLM 0.32 looks there alone, and the server ends when it finds nothing.
+    """
+    if name not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(name, module, name)
 
 
 def outer_config(vllm_config: "VllmConfig") -> "VllmConfig":
