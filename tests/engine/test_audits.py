@@ -13,6 +13,7 @@ from engine.fake_prompts import Ask, Image, text
 from engine.scenes import CLOSE, OPEN, PROMPT, A, B, C, drop_entries, fail, reused, show
 from engine.test_traffic import Weather, drive
 from vlcache_connector.engine import audits
+from vlcache_connector.engine.metadata import AuditJob
 from vlcache_connector.plan.drift import MIN_TO_LOWER, MIN_TO_RAISE, WINDOW
 
 GOOD, BAD = 0.001, 3.0
@@ -48,7 +49,7 @@ def dropped(engine: FakeEngine, reason: str) -> int:
     return int(count(engine, f"dropped_audits:{reason}"))
 
 
-def jobs(engine: FakeEngine) -> list[tuple[bool, object]]:
+def jobs(engine: FakeEngine) -> list[tuple[bool, AuditJob]]:
     """Of each audit: whether its step was idle, and the job."""
     return [
         (output.total_num_scheduled_tokens == 0 and not output.kv_connector_metadata.reuse, job)
@@ -114,7 +115,7 @@ def test_audits_wait_while_the_engine_has_work(make_engine: MakeEngine) -> None:
 def test_a_prompt_behind_an_exact_prefix_is_audited_as_it_was(make_engine: MakeEngine) -> None:
     """What was computed for the prefix is computed in both versions, and so is a new image behind the known ones."""
     engine = engine_that_audits(make_engine)
-    prompt = [*OPEN, B, *CLOSE, A, *OPEN]
+    prompt: list[int | Image] = [*OPEN, B, *CLOSE, A, *OPEN]
     engine.ask(Ask([*OPEN, B, *CLOSE], "exact"))
     (answer,) = engine.ask(Ask([*prompt, Image("new", 9), *CLOSE], ratio=None))
     assert answer.report["prefix_cached_tokens"] > len(OPEN) + B.num_tokens

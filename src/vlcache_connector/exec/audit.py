@@ -55,7 +55,7 @@ def audit(recompute: Recompute, pages: Pages, with_reuse: SequenceInput, reused:
     num_tokens = len(with_reuse.token_ids)
     slots = pages.slots(with_reuse.block_ids, reused, 0, num_tokens)
     slots = slots[slots >= 0]
-    slots = slots[:: -(-len(slots) // _MAX_COMPARED) or 1]
+    slots = slots[:: -(-len(slots) // _MAX_COMPARED) or 1].contiguous()
     logits = recompute.last_logits(with_reuse)
     found = _read(pages, slots)
     true_logits = recompute.last_logits(replace(with_reuse, runs=(Run(0, num_tokens),), shifted=()))
