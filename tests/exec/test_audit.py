@@ -110,7 +110,7 @@ def test_ranks_add_their_heads_and_share_the_logits() -> None:
     other = Drift(((3.0, 9.0),), ((12.0, 0.0),), 0.5, True)
     expected = Drift(((4.0, 9.0),), ((16.0, 9.0),), 0.5, True)
     assert one.merged(other) == expected == other.merged(one)
-    assert expected.distances == (pytest.approx(((4 / 16 + 9 / 9) / 2) ** 0.5),)
+    assert expected.distances == pytest.approx([((4 / 16 + 9 / 9) / 2) ** 0.5])
 
 
 def test_a_prompt_that_reuses_nothing_has_no_distance() -> None:

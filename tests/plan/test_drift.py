@@ -98,7 +98,9 @@ def test_audits_of_the_level_before_do_not_count_against_the_new_one() -> None:
 def test_good_audits_of_the_level_below_lead_back_to_it(level: int) -> None:
     guard = guard_at(level)
     assert hear(guard, GOOD, MIN_TO_LOWER - 1, level - 1) == []
-    assert hear(guard, GOOD, 1, level - 1) == [Change(level, level - 1, MIN_TO_LOWER, pytest.approx(GOOD))]
+    (change,) = hear(guard, GOOD, 1, level - 1)
+    assert (change.before, change.after, change.num_audits) == (level, level - 1, MIN_TO_LOWER)
+    assert change.mean_kl == pytest.approx(GOOD)
 
 
 def test_audits_that_are_only_just_within_the_limit_do_not_lead_back() -> None:
