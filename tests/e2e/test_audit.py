@@ -133,8 +133,8 @@ def test_naive_reuse_of_numbered_pictures_is_seen_to_drift_further(engine: Engin
 
 
 def turn_keys_wrongly(llm: Any) -> None:
-    """By so many positions that the slowest pair of dimensions turns, too: this model finds cells by content, and a shift
-    of the fast pairs alone (by 10,000 positions, say) moves its answers by 1e-4 nats.
+    """By so many positions that the slowest pair of dimensions turns, too: this model finds cells by content, and
+    turning the fast pairs alone (by 10,000 positions, say) moves its answers by 1e-4 nats.
     """
     delta = kv_worker.position_delta
     kv_worker.position_delta = lambda stored, wanted: delta(stored, wanted) + 10_000_019
@@ -174,7 +174,7 @@ def test_the_guard_reacts_to_a_fault_at_once(engine: Engine, fault: Any) -> None
 
 
 def test_reuse_is_switched_off_when_nothing_else_helps_and_comes_back_when_audits_are_good(engine: Engine) -> None:
-    asks = [single(seed) for seed in range(MIN_TO_RAISE)]
+    asks = [numbered(seed) for seed in range(MIN_TO_RAISE)]
     show(engine, *asks)
     engine.call(damage_entries)
     ratios = []
