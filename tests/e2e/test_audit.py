@@ -142,14 +142,14 @@ def turn_keys_wrongly(llm: Any) -> None:
 
 
 def damage_entries(llm: Any) -> None:
-    """All KV of all entries becomes noise."""
+    """All KV of all entries becomes noise, so loud that no share of recomputed tokens makes up for it."""
     side, index = inside.worker(llm), inside.session(llm).index
     generator = torch.Generator().manual_seed(1)
     for entry in index._entries.values():
         if entry.entry_class.kind == "kv":
             kv = side._session.slab.kv(entry.extent, entry.num_tokens)
             inside._undo.append(partial(kv.copy_, kv.clone()))
-            kv.copy_(torch.randn(kv.shape, generator=generator))
+            kv.copy_(100 * torch.randn(kv.shape, generator=generator))
 
 
 def change_weights(llm: Any) -> None:

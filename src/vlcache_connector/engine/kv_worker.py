@@ -152,14 +152,16 @@ class VLCacheWorker:
             logger.exception("VLCache: request %s could not be prepared", piece.request_id)
             self._errors.setdefault(piece.request_id, f"preparation: {error}")
             anywhere = torch.zeros(3, len(piece.prompt.token_ids), dtype=torch.int64)
-            return _sequence(piece.prompt, anywhere, piece.block_ids, piece.recomputed, [])
+            lost = [self._lost(span, error) for span in piece.spans if _is_shifted(span, piece)]
+            return _sequence(piece.prompt, anywhere, piece.block_ids, piece.recomputed, [], lost)
         shifted: list[ShiftedSpan] = []
-        try:
-            for span in piece.spans:
+        for span in piece.spans:
+            try:
                 shifted += self._load_span(span, positions, piece)
-        except Exception as error:
-            logger.exception("VLCache: request %s could not be loaded", piece.request_id)
-            self._errors.setdefault(piece.request_id, f"load: {error}")
+            except Exception as error:
+                logger.exception("VLCache: request %s could not be loaded", piece.request_id)
+                self._errors.setdefault(piece.request_id, f"load: {error}")
+                shifted += [self._lost(span, error)] if _is_shifted(span, piece) else []
         return _sequence(piece.prompt, positions, piece.block_ids, piece.recomputed, embeddings, shifted)
 
     def _positions_of(self, piece: ReusePiece) -> torch.Tensor:
@@ -174,12 +176,19 @@ class VLCacheWorker:
         wanted = positions[:, span.offset : span.offset + span.length]
         delta = position_delta(slab.positions(span.kv, span.length), wanted)
         entry = slab.kv(span.kv, span.length)
-        whole = Run(span.offset, span.offset + span.length)
-        if piece.shifts and span.reused and any(len(run.intersect(whole)) for run in piece.recomputed):
+        if _is_shifted(span, piece):
             return [ShiftedSpan(self._pages, self._stack.rope, span.offset, entry, delta, span.reused)]
         nbytes = load_runs(self._pages, self._stack.rope, entry, span.offset, delta, span.reused, piece.block_ids)
         self._session.counters.add("loaded_bytes", nbytes)
         return []
+
+    def _lost(self, span: SpanLoad, error: Exception) -> ShiftedSpan:
+        """Stands for a span that could not be loaded: passes must be cut here as they are on other ranks."""
+        assert self._pages is not None
+        nothing = torch.empty(1, 2, span.length, 0, 0)
+        return ShiftedSpan(
+            self._pages, self._stack.rope, span.offset, nothing, 0, span.reused, is_begun=True, error=error
+        )
 
     def _answer(self, piece: ReusePiece) -> None:
         request_id = piece.request_id
@@ -261,6 +270,12 @@ def save_embedding(session: WorkerSession, job: EmbeddingJob) -> None:
     target.copy_(rows)
     session.counters.add("saved_bytes", target.numel() * target.element_size(), label="embedding")
     session.counters.add("saved_entries", label="embedding")
+
+
+def _is_shifted(span: SpanLoad, piece: ReusePiece) -> bool:
+    """Whether the pass loads the span, on its way."""
+    whole = Run(span.offset, span.offset + span.length)
+    return piece.shifts and bool(span.reused) and any(len(run.intersect(whole)) for run in piece.recomputed)
 
 
 def _paged_layer(name: str, cache: torch.Tensor, attention: Any) -> PagedLayer:
