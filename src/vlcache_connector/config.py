@@ -51,6 +51,12 @@ class Options:
     """What stands before an image when its KV is computed to be kept: "first", what the first request has there;
     "alone", nothing but the token that opens every image. That is done when the engine is idle; until then the image is
     not known."""
+    audit_fraction: float = 0.0
+    """Share of reused requests, in [0, 1], that are computed in full as well once the engine is idle, to see how far
+    reuse is off."""
+    audit_kl: float = 0.1
+    """Mean KL divergence (nats) of the first token from full computation above which the default recompute ratio is
+    raised and, when that does not help, reuse is switched off."""
     attention: str = "engine"
     """Attention of recompute passes: "engine" for its own, best for runs of tokens; "vlcache" for scattered tokens;
     "xformers" where that package runs."""
@@ -86,6 +92,8 @@ class Options:
         _check("snapshot_mib_s", self.snapshot_mib_s, _is_time, "a number above 0 (MiB per second)")
         _check("min_reuse_tokens", self.min_reuse_tokens, _is_count, "a whole number from 1")
         _check("entry_context", self.entry_context, lambda v: v in CONTEXTS, f"one of {list(CONTEXTS)}")
+        _check("audit_fraction", self.audit_fraction, _is_ratio, "a number from 0 to 1")
+        _check("audit_kl", self.audit_kl, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (nats)")
         _check("attention", self.attention, lambda v: v in ATTENTION, f"one of {list(ATTENTION)}")
         _check("trust_client_uuids", self.trust_client_uuids, lambda v: isinstance(v, bool), "true or false")
         _check("eviction", self.eviction, lambda v: v in EVICTION, f"one of {list(EVICTION)}")

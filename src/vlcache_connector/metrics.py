@@ -1,16 +1,26 @@
-"""Names of everything that is counted, in one place, and the counters that the two sides of the connector fill.
+"""Names of everything that is measured, in one place, and the measurements that the two sides of the connector make.
 
 Only `engine/stats.py` talks to Prometheus; there each name gets the prefix `vllm:vlcache_`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
     help: str
     label: str | None = None
+    kind: str = "counter"  # or "gauge", of which the latest value counts, or "histogram"
+    buckets: tuple[float, ...] = ()  # upper bounds, of a histogram
+
+
+Measured = dict[str, float | list[float]]
+"""By `name` or `name:label`: what a counter has counted, what a gauge says, or all observations for a histogram."""
+
+_NATS = (1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 METRICS: dict[str, Metric] = {
@@ -40,25 +50,52 @@ METRICS: dict[str, Metric] = {
     "tier_retries": Metric("Operations of a shared tier that were tried once more.", "tier"),
     "tier_breaker": Metric("How often a shared tier was given up (opened) and came back (closed).", "change"),
     "evictions": Metric("Entries evicted from the host tier.", "reason"),
+    "audits": Metric("Reused requests that were computed in full as well, to compare."),
+    "audit_disagreements": Metric("Audits in which the likeliest first token was another one."),
+    "dropped_audits": Metric("Audits that were not carried out.", "reason"),
+    "drift_kl": Metric("KL divergence of the first token from full computation, in nats.", None, "histogram", _NATS),
+    "drift_kv": Metric("Relative L2 distance of reused KV from full computation, sum over audits.", "layer"),
+    "recompute_ratio": Metric("Default share of tokens recomputed; 1 while drift keeps reuse off.", None, "gauge"),
     "failures": Metric("Errors inside the connector; each ended as ordinary computation.", "stage"),
 }
 
 
 class Counters:
-    """Counts since the last `take`, from any thread."""
+    """Measurements since the last `take`, from any thread."""
 
     def __init__(self) -> None:
-        self._values: dict[str, float] = {}
+        self._values: Measured = {}
         self._lock = Lock()
 
     def add(self, name: str, value: float = 1, label: str = "") -> None:
-        assert (METRICS[name].label is None) == (label == ""), f"metric {name!r} with label {label!r}"
-        key = f"{name}:{label}" if label else name
-        with self._lock:
-            self._values[key] = self._values.get(key, 0) + value
+        """Count."""
+        self._merge("counter", name, value, label)
 
-    def take(self) -> dict[str, float]:
-        """All counts as `name` or `name:label`, and start again from zero."""
+    def set(self, name: str, value: float) -> None:
+        """Say what a gauge shows from now on."""
+        self._merge("gauge", name, value, "")
+
+    def observe(self, name: str, value: float) -> None:
+        """One observation for a histogram."""
+        self._merge("histogram", name, [value], "")
+
+    def take(self) -> Measured:
+        """All measurements; start again with none."""
         with self._lock:
             values, self._values = self._values, {}
         return values
+
+    def _merge(self, kind: str, name: str, value: float | list[float], label: str) -> None:
+        metric = METRICS[name]
+        assert metric.kind == kind, f"metric {name!r} is a {metric.kind}"
+        assert (metric.label is None) == (label == ""), f"metric {name!r} with label {label!r}"
+        with self._lock:
+            merge(self._values, {f"{name}:{label}" if label else name: value})
+
+
+def merge(into: Measured, later: Mapping[str, Any]) -> None:
+    """Add the measurements of a later interval, or of another rank in the same one."""
+    for key, value in later.items():
+        kind = METRICS[key.partition(":")[0]].kind
+        before: Any = into.get(key)
+        into[key] = value if kind == "gauge" or before is None else before + value

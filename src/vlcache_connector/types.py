@@ -23,6 +23,7 @@ class Reason(StrEnum):
     IN_PREFIX_CACHE = "in_prefix_cache"
     TOO_FEW_TOKENS = "too_few_tokens"
     NO_GAIN = "no_gain"  # computing the range is cheaper, going by what both cost in this engine so far
+    DRIFT = "drift"  # audits found reuse too far from full computation: it is switched off for now
     LOAD_FAILED = "load_failed"
     LORA = "lora"
     PROMPT_LOGPROBS = "prompt_logprobs"

@@ -13,6 +13,7 @@ from vlcache_connector.engine.kv_worker import VLCacheWorker
 from vlcache_connector.engine.metadata import ReusePiece
 from vlcache_connector.engine.session import SCHEDULERS
 from vlcache_connector.exec.transfer import save_run
+from vlcache_connector.metrics import merge
 from vlcache_connector.plan.costs import Prices
 from vlcache_connector.plan.keys import tenant_tag
 from vlcache_connector.types import Run
@@ -108,20 +109,19 @@ def check_store(llm: Any) -> None:
     assert all(entry.pins == 0 for entry in state.index._entries.values()), "a pin leaked"
 
 
-def counters(llm: Any) -> dict[str, float]:
-    """Counts of both sides since the last call."""
+def counters(llm: Any) -> dict[str, Any]:
+    """What both sides have measured since the last call."""
     stats = core(llm).scheduler.connector.get_kv_connector_stats()
-    total: dict[str, float] = dict(_seen(llm))
+    total = dict(_seen(llm))
     _seen(llm).clear()
-    for key, value in (stats.data if stats else {}).items():
-        total[key] = total.get(key, 0) + value
+    merge(total, stats.data if stats else {})
     return total
 
 
-_seen_counts: dict[str, float] = {}
+_seen_counts: dict[str, Any] = {}
 
 
-def _seen(llm: Any) -> dict[str, float]:
+def _seen(llm: Any) -> dict[str, Any]:
     return _seen_counts
 
 
@@ -132,8 +132,7 @@ def watch_counters(llm: Any) -> None:
 
     def taking(connector: Any) -> Any:
         stats = take(connector)
-        for key, value in (stats.data if stats else {}).items():
-            _seen_counts[key] = _seen_counts.get(key, 0) + value
+        merge(_seen_counts, stats.data if stats else {})
         return stats
 
     connector_class.get_kv_connector_stats = taking

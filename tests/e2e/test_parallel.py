@@ -16,7 +16,10 @@ RECOMPUTE, SHIFT = "vlcache_connector.exec.recompute", "vlcache_connector.exec.s
 def pair(start_here: Start) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")  # one core for each worker
-        return start_here("pair", "qwen2_5_vl", "float32", {"host_gib": 0.03}, tensor_parallel_size=2)
+        connector = {"host_gib": 0.03, "audit_fraction": 1.0}
+        engine = start_here("pair", "qwen2_5_vl", "float32", connector, tensor_parallel_size=2)
+    engine.call(inside.watch_counters)
+    return engine
 
 
 @pytest.fixture
@@ -73,3 +76,25 @@ def test_an_entry_that_one_rank_could_not_save_is_found_by_nobody(fresh_pair: En
     assert fresh_pair.ask_one(Ask([OPEN, LONG, A, CLOSE], ratio=0.05)).report["reason"] == "miss"
     fresh_pair.forget()
     assert fresh_pair.ask_one(Ask([OPEN, LONG, LONG, A, CLOSE], ratio=0.05)).report["reused_tokens"] > 0
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_both_ranks_take_part_in_an_audit_and_one_that_fails_ends_it(fresh_pair: Engine, rank: int | None) -> None:
+    show_pictures(fresh_pair)
+    fresh_pair.forget()
+    free = fresh_pair.call(inside.num_free_blocks)
+    assert fresh_pair.ask_one(Ask(PROMPT)).report["reused_tokens"] > 0
+    fresh_pair.call(inside.counters)
+    if rank is not None:
+        fresh_pair.call(inside.plant_on_rank, rank, KV_WORKER, "position_delta")
+    fresh_pair.call(inside.run_idle)
+    counts = fresh_pair.call(inside.counters)
+    if rank is None:
+        assert counts["audits"] == 1 and 0 < counts["drift_kl"][0] < 1
+        assert 0 < counts["drift_kv:1"] < 1
+    else:
+        assert counts["dropped_audits:failed"] == 1 and "audits" not in counts
+    assert fresh_pair.call(inside.num_free_blocks) == free
+    fresh_pair.call(inside.check_store)
+    fresh_pair.forget()
+    assert fresh_pair.ask_one(Ask(PROMPT)).report["reused_tokens"] > 0

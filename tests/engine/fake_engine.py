@@ -32,6 +32,7 @@ from engine.fake_records import Truth
 from engine.fake_worker import FakeWorker
 from vlcache_connector.engine.session import SCHEDULERS, entry_layout
 from vlcache_connector.engine.tiers import slab_name
+from vlcache_connector.metrics import merge
 from vlcache_connector.plan.pieces import LOADED_PER_COMPUTED
 from vlcache_connector.store.slab import EntryLayout
 
@@ -55,6 +56,7 @@ class FakeEngine:
         self.truths: dict[str, Truth] = {}
         self.answers: dict[str, Answer] = {}
         self.is_struck: Callable[[str, int, str], bool] = lambda stage, rank, request_id: False
+        self.audited: Callable[[Any], float] = lambda job: 0.0
         self.num_lost_pieces = 0
         self.is_stopped = False
         cache = KVCacheConfig(size.num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
@@ -70,14 +72,17 @@ class FakeEngine:
         self._aborts: list[str] = []
         self._fresh: list[int] = []
         self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
-        self.counts: Counter[str] = Counter()  # of the connector, see `metrics`
+        self.counts: dict[str, Any] = Counter()  # of the connector, see `metrics`
         self._watch_allocations()
         self._watch_counters()
         self.num_free_at_start = self.num_free_blocks
 
     def _make_worker(self, rank: int, layout: EntryLayout) -> FakeWorker:
         entries = FakeEntries.make(rank, layout, self.size.host_nbytes, slab_name(self.config, rank))
-        return FakeWorker(rank, BLOCK_SIZE, self.truths, self._struck, self.size.keeps_pixels, entries)
+        keeps_pixels = self.size.keeps_pixels
+        return FakeWorker(
+            rank, BLOCK_SIZE, self.truths, self._struck, keeps_pixels, entries, lambda job: self.audited(job)
+        )
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -225,6 +230,7 @@ class FakeEngine:
         assert not self.session._jobs, f"jobs were never settled: {self.session._jobs}"
         assert all(entry.pins == 0 for entry in self.session.index._entries.values()), "a pin leaked"
         assert not side._states and not side._loads._loads and side._loads.num_open == 0
+        assert not len(side._audits) and not side._audits._open
         assert not self.scheduler.ec_connector._scheduler._loads
         assert not self._kv._recv_remaining_count and not self._kv._failed_recving_pending
         assert all(not worker._errors for worker in self.workers)
@@ -264,7 +270,7 @@ class FakeEngine:
 
         def watching() -> Any:
             values = take()
-            self.counts.update(values)
+            merge(self.counts, values)
             return values
 
         counters.take = watching

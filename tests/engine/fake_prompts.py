@@ -17,7 +17,7 @@ from vllm.multimodal.inputs import (
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from engine.fake_records import IMAGE_TOKEN, Content, Truth
+from engine.fake_records import ENGINE_RATIO, IMAGE_TOKEN, Content, Truth
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Ask:
 
     parts: Sequence[int | Image]
     mode: str = "reuse"
-    ratio: float = 0.05
+    ratio: float | None = 0.05  # None: ratio and policy are the engine's
     salt: str | None = None
     max_tokens: int = 2
     policy: str = "leading"
@@ -50,9 +50,8 @@ def text(seed: object, num_tokens: int) -> list[int]:
 
 def request_of(ask: Ask, truth: Truth, hasher: Callable[[Any], Any]) -> Request:
     sampling = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True)
-    sampling.extra_args = {
-        "kv_transfer_params": {"vlcache": {"mode": ask.mode, "recompute_ratio": ask.ratio, "policy": ask.policy}}
-    }
+    own = {} if ask.ratio is None else {"recompute_ratio": ask.ratio, "policy": ask.policy}
+    sampling.extra_args = {"kv_transfer_params": {"vlcache": {"mode": ask.mode} | own}}
     return Request(
         truth.request_id,
         list(truth.token_ids[: truth.num_prompt]),
@@ -94,5 +93,6 @@ def truth_of(request_id: str, ask: Ask) -> Truth:
         if position >= num_prompt - 1:  # the answer follows from all that stands before it
             contents.append(1000 + digest % 1000)
     tokens = [content if isinstance(content, int) else IMAGE_TOKEN for content in contents]
-    ratio = ask.ratio if ask.mode == "reuse" else None
+    chosen = ask.ratio if ask.ratio is not None else ENGINE_RATIO
+    ratio = chosen if ask.mode == "reuse" else None
     return Truth(request_id, tuple(tokens), tuple(contents), tuple(digests), num_prompt, ask.salt, ratio)

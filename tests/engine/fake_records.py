@@ -6,6 +6,7 @@ from vlcache_connector.types import Run
 
 Content = int | tuple[str, int]  # a text token, or a token of an image: (identifier, index within the image)
 IMAGE_TOKEN = 7
+ENGINE_RATIO = -1.0  # stands for the engine's default, which may change
 
 
 @dataclass(frozen=True, slots=True)

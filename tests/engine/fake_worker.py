@@ -15,6 +15,7 @@ from vllm.v1.outputs import ECConnectorOutput, KVConnectorOutput, ModelRunnerOut
 from engine.fake_entries import FakeEntries
 from engine.fake_records import IMAGE_TOKEN, Entry, Record, Truth
 from vlcache_connector.engine.metadata import (
+    AuditJob,
     CompileJob,
     EmbeddingJob,
     JobResults,
@@ -26,6 +27,7 @@ from vlcache_connector.engine.metadata import (
     VLCacheMetadata,
     VLCacheWorkerMetadata,
 )
+from vlcache_connector.exec.audit import Drift
 from vlcache_connector.types import Extent, Run
 
 
@@ -49,6 +51,7 @@ class FakeWorker:
     is_struck: Callable[[str, int, str], bool]
     keeps_pixels: bool
     entries: FakeEntries
+    audited: Callable[[AuditJob], float]  # the KL divergence that an audit finds
     weights: int = 0
     pages: dict[int, Record] = field(default_factory=dict)  # slot -> what was written there
     encoder_cache: set[str] = field(default_factory=set)
@@ -148,6 +151,9 @@ class FakeWorker:
                 output.failed_recving |= {piece.request_id} if error is not None else set()
         for compiling in metadata.compiles:
             self._compile(results, compiling)
+        for audit in metadata.audits:
+            assert not metadata.num_computed_tokens and not metadata.reuse, "audits are for idle steps"
+            self._audit(results, audit)
         output.kv_connector_worker_meta = VLCacheWorkerMetadata(results) if results else None
         return output
 
@@ -204,6 +210,31 @@ class FakeWorker:
             self.pages[slot] = Record(None, position, embedding.tenant, self.weights, None, None)
         entry = Entry("kv", *_facts(embedding))
         self._put(results, job.job_id, job.kv, entry, self.is_struck("compile", self.rank, ""))
+
+    def _audit(self, results: JobResults, job: AuditJob) -> None:
+        """Whether the job has all that both versions need, and is in nobody's way."""
+        truth, piece = self.truths[job.request_id], job.piece
+        assert piece.prompt.token_ids == truth.token_ids[: truth.num_prompt]
+        runs = sorted([*piece.recomputed, *(run for span in piece.spans for run in span.reused)], key=lambda r: r.start)
+        assert [run.start for run in runs] == [0, *(run.end for run in runs[:-1])] and runs[-1].end == truth.num_prompt
+        for span in piece.spans:
+            wanted = Entry("kv", truth.image(_whole(span)), truth.tenant, span.length, self.weights)
+            self._check_entry(span.kv, wanted)
+        images = [(span.offset, span.length, span.embedding) for span in piece.spans] + list(job.embeddings)
+        for offset, length, extent in images:
+            image = truth.image(Run(offset, offset + length))
+            self._check_entry(extent, Entry("embedding", image, truth.tenant, length, self.weights))
+        assert sum(length for _, length, _ in images) == piece.prompt.token_ids.count(IMAGE_TOKEN), (
+            "an image is missing"
+        )
+        for position in range(truth.num_prompt):
+            slot = self._slot(piece.block_ids, position)
+            assert slot not in self.pages, "scratch blocks are somebody's"
+            self.pages[slot] = Record(None, position, truth.tenant, self.weights, None, None)
+        error = "lost" if self.is_struck("audit", self.rank, job.request_id) else None
+        if error is None:
+            results.drifts[job.job_id] = Drift(((1.0, 4.0),), ((4.0, 16.0),), self.audited(job), True)
+        _answer(results, job.job_id, error)
 
     # -- pages and entries --------------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ def test_requests_with_the_same_prefix_that_arrive_together_get_their_own_answer
     asks = [Ask([*PROMPT, *end], mode, ratio, max_tokens=6) for end in endings for mode, ratio in kinds]
     answers = engine.ask(*asks)
     for ask, answer in zip(asks, answers, strict=True):
-        is_reuse = ask.mode == "reuse" and ask.ratio < 1.0
+        is_reuse = ask.mode == "reuse" and ask.ratio != 1.0
         assert (reused(answer) > 0) == is_reuse or answer.report["prefix_cached_tokens"] > 0
 
 

@@ -148,6 +148,10 @@ class PagedStack:
         x = x + self.paged_attention(layer, q, self._open) @ self.decoder.out[layer]
         return torch.tanh(x @ self.decoder.mlp[layer]), x
 
+    def logits(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        assert self._open is None and residual is not None
+        return (hidden + residual) @ self.decoder.table.T
+
     def paged_attention(self, layer: int, q: torch.Tensor, batch: VirtualBatch) -> torch.Tensor:
         starts, out = batch.query_start_loc.tolist(), torch.empty_like(q)
         for row, seq_len in enumerate(batch.seq_lens.tolist()):
@@ -161,8 +165,11 @@ class PagedStack:
         """What the pages hold of a request: [layers, 2, tokens, width]."""
         return self.pages[:, :, request.slots]
 
+    def passes(self, max_tokens: int = 10**6) -> Recompute:
+        return Recompute(self, self.attention, BLOCK_SIZE, PassLimits(max_tokens, 10**6), CPU)
+
     def recompute(self, inputs: Sequence[SequenceInput], max_tokens: int = 10**6) -> int:
-        return Recompute(self, self.attention, BLOCK_SIZE, PassLimits(max_tokens, 10**6), CPU).run(inputs)
+        return self.passes(max_tokens).run(inputs)
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -293,6 +300,23 @@ def test_a_single_wrong_input_is_far_outside_the_bound(part: str) -> None:
         assert_equal_within_rounding(stack.kv(request), request)
 
 
+@pytest.mark.parametrize("max_tokens", [1, 5, 1000])
+def test_logits_are_those_of_the_last_token_of_the_last_pass(max_tokens: int) -> None:
+    """All layers see the KV that a dense forward computes, so the last token's rows can be made from it alone."""
+    decoder = Decoder(torch.float64)
+    for seed in range(4):
+        (request,) = random_requests(random.Random(seed), 1)
+        stack = PagedStack(decoder)
+        found = stack.passes(max_tokens).last_logits(request.input([Run(0, len(request))]))
+        last, kv = Run(len(request) - 1, len(request)), dense_forward(decoder, request)
+        alone = PagedStack(decoder)
+        alone.pages[:, :, request.slots] = kv
+        expected = alone.passes().last_logits(request.input([last]))
+        assert found is not None and expected is not None and found.shape == (VOCABULARY,)
+        torch.testing.assert_close(found, expected)
+        assert len(stack.batches) == -(-len(request) // max_tokens)
+
+
 # -- what enters where ------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +349,9 @@ class Recorder:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.calls.append((layer, positions, hidden.clone()))
         return hidden, residual
+
+    def logits(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor | None:
+        return hidden[:, :1]
 
     def recompute(self, inputs: Sequence[SequenceInput], max_tokens: int = 10**6) -> int:
         return Recompute(self, self.attention, BLOCK_SIZE, PassLimits(max_tokens, 10**6), CPU).run(inputs)

@@ -48,6 +48,7 @@ def launching(metadata: VLCacheMetadata) -> None:
         jobs += [f"save {job.job_id} of {job.request_id} {_run(job.run)}" for job in metadata.saves]
         jobs += [f"embedding {job.job_id} of {job.request_id} x{job.num_tokens}" for job in metadata.embeddings]
         jobs += [f"compile {job.job_id} {_run(job.run)} into {len(job.block_ids)} blocks" for job in metadata.compiles]
+        jobs += [f"audit {job.job_id} of {job.request_id}: {_piece(job.piece)}" for job in metadata.audits]
         if jobs:
             logger.debug("VLCache: launching %s", "; ".join(jobs))
 

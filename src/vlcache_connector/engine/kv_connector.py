@@ -19,10 +19,11 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vlcache_connector.config import Options
+from vlcache_connector.engine.answers import StepAnswers, answer_all_failed
 from vlcache_connector.engine.compat import require_supported_engine
 from vlcache_connector.engine.encoder_flag import share_encoder_connector
 from vlcache_connector.engine.kv_scheduler import VLCacheScheduler
-from vlcache_connector.engine.kv_worker import StepAnswers, VLCacheWorker, answer_all_failed
+from vlcache_connector.engine.kv_worker import VLCacheWorker
 from vlcache_connector.engine.metadata import VLCacheMetadata, VLCacheWorkerMetadata
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import SCHEDULERS, WORKERS, SchedulerSession, WorkerSession, entry_layout

@@ -1,7 +1,5 @@
 """Scheduler side of the KV connector: finds spans, decides what is reused, hands out jobs. It never blocks, it does
-no I/O.
-
-All reuse is asynchronous for vLLM: see `loads`.
+no I/O. All reuse is asynchronous for vLLM: see `loads`.
 
 Order of calls in one engine step (vLLM's scheduler): `get_num_new_matched_tokens` and `update_state_after_alloc` for
 each waiting request, then `build_connector_meta` once; after the workers ran, `update_connector_output`.
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vlcache_connector.engine import debug
+from vlcache_connector.engine.audits import Audits
 from vlcache_connector.engine.chains import Chains
 from vlcache_connector.engine.loads import LoadQueue
 from vlcache_connector.engine.metadata import VLCacheMetadata
@@ -53,6 +52,7 @@ class VLCacheScheduler:
         self._states: dict[str, RequestState] = {}
         self._reported: set[Reason] = set()
         self._saves = SavePlanner(session, self._options.entry_context == "alone")
+        self._audits = Audits(session, vllm_config.scheduler_config.max_num_batched_tokens)
         self._kv_cache_manager: KVCacheManager | None = None
 
     # -- life of a request --------------------------------------------------------------------------------------------
@@ -60,10 +60,12 @@ class VLCacheScheduler:
     def bind(self, kv_cache_manager: "KVCacheManager") -> None:
         self._kv_cache_manager = kv_cache_manager
         self._saves.bind(kv_cache_manager, self._block_size)
+        self._audits.bind(kv_cache_manager.block_pool, self._block_size)
 
     @locked
     def on_new_request(self, request: "Request") -> None:
-        state = describe(request, self._session.keys, self._options)
+        state = describe(request, self._session.keys, self._audits.options)
+        state.is_suspended = self._audits.is_off
         self._states[request.request_id] = state
         if state.declined is not None:
             self._tell(state.declined, state.error)
@@ -111,6 +113,8 @@ class VLCacheScheduler:
             if state.outcome is None:
                 state.outcome = Outcome(state.plan, state.num_local)
                 self._count_decline(state)
+                if state.unused is not None:
+                    self._audits.offer(state, state.unused, is_exact_before=True)
             self._session.fetches.release(request.request_id)
             return
         assert isinstance(plan, ReusePlan) and num_external == plan.end - plan.start
@@ -178,17 +182,19 @@ class VLCacheScheduler:
             if state is not None and state.first_unsaved < len(state.spans):
                 self._saves.add_completed(state, state.request.num_computed_tokens + num_tokens, metadata)
         if output.total_num_scheduled_tokens == 0 and not metadata.reuse:
-            job = self._saves.compiles.next_job()
-            if job is not None:
+            if (job := self._saves.compiles.next_job()) is not None:
                 metadata.compiles.append(job)
+            elif (audit := self._audits.next_job()) is not None:
+                metadata.audits.append(audit)
 
     @locked
     def update_connector_output(self, results: "JobResults") -> None:
         self._session.take_results(results)
+        self._audits.learn(results.drifts)
 
     @locked
     def has_pending_work(self) -> bool:
-        return len(self._saves.compiles) > 0 or self._loads.num_open > 0
+        return len(self._saves.compiles) > 0 or len(self._audits) > 0 or self._loads.num_open > 0
 
     @locked
     def reset_cache(self) -> None:
@@ -196,12 +202,14 @@ class VLCacheScheduler:
         num = self._session.index.clear()
         self._session.keys.forget()
         self._saves.compiles.clear()
+        self._audits.reset()
         logger.info("VLCache: the cache was reset, %d entries forgotten", num)
 
     # -- decisions ----------------------------------------------------------------------------------------------------
 
     def _may_reuse(self, state: RequestState) -> bool:
-        return state.declined is None and state.options.mode is Mode.REUSE and self._session.unsupported is None
+        wants = state.declined is None and state.options.mode is Mode.REUSE
+        return wants and not state.is_suspended and self._session.unsupported is None
 
     def _plan(self, state: RequestState, num_local: int) -> ReusePlan | Reason:
         state.num_local = num_local
@@ -229,6 +237,9 @@ class VLCacheScheduler:
             state.estimate = estimate(plan, self._session.prices)
             if state.estimate is not None and not state.estimate.pays:
                 return Reason.NO_GAIN
+            if state.is_suspended and plan.num_reused > 0:
+                state.unused = plan
+                return Reason.DRIFT
         return plan
 
     def _is_available(self, span: Span) -> bool:
@@ -247,6 +258,7 @@ class VLCacheScheduler:
             counters.add("hits")
             counters.add("reused_tokens", plan.num_reused)
             counters.add("recomputed_tokens", plan.num_recomputed)
+            self._audits.offer(state, plan, not self._chains.is_used(state, plan.start))
 
     def _failed(self, state: RequestState, error: str) -> None:
         """The engine asks for this request again, unless it was aborted."""

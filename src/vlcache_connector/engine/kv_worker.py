@@ -4,20 +4,21 @@
 never as an exception in the engine's hook.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.logger import init_logger
 
 from vlcache_connector.engine import debug
+from vlcache_connector.engine.answers import StepAnswers
 from vlcache_connector.engine.attention import AttentionContexts
 from vlcache_connector.engine.live import find_model
 from vlcache_connector.engine.metadata import (
+    AuditJob,
     CompileJob,
     EmbeddingJob,
-    JobResults,
     ReusePiece,
     SaveJob,
     SpanLoad,
@@ -25,6 +26,7 @@ from vlcache_connector.engine.metadata import (
 )
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import WorkerSession
+from vlcache_connector.exec.audit import audit
 from vlcache_connector.exec.batch import PassLimits
 from vlcache_connector.exec.model import LayerStack
 from vlcache_connector.exec.pages import PagedLayer, Pages
@@ -41,15 +43,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = init_logger(f"vllm.{__name__}")
-
-
-@dataclass(slots=True)
-class StepAnswers:
-    """What one rank says at the end of a step."""
-
-    results: JobResults = field(default_factory=JobResults)
-    finished: set[str] = field(default_factory=set)  # requests whose reuse is over
-    failed: set[str] = field(default_factory=set)  # those of them whose pages are not filled
 
 
 class VLCacheWorker:
@@ -110,6 +103,8 @@ class VLCacheWorker:
             self._reuse(metadata.reuse)
         for job in metadata.compiles:
             self._try("compile", job.job_id, lambda job=job: self._compile(job))
+        for checked in metadata.audits:
+            self._try("audit", checked.job_id, lambda checked=checked: self._audit(checked))
         for kind, watch in self._watches.items():
             self.answers.results.laps += ((kind, *lap) for lap in watch.take() if lap[0] >= MIN_TOKENS)
 
@@ -234,13 +229,31 @@ class VLCacheWorker:
         self._store(job.run, job.block_ids, positions, job)
         self._session.counters.add("compiled_entries")
 
+    def _audit(self, job: AuditJob) -> None:
+        """An error on the way to the passes is raised behind them: all ranks of a group must run the same ones."""
+        assert self._pages is not None and self._recompute is not None
+        piece, slab = job.piece, self._session.slab
+        sequence = self._load(piece)
+        others = [(offset, slab.embedding(extent, length)) for offset, length, extent in job.embeddings]
+        sequence = replace(sequence, embeddings=[*sequence.embeddings, *others])
+        try:
+            reused = [run for span in piece.spans for run in span.reused]
+            drift = audit(self._recompute, self._pages, sequence, reused)
+        finally:
+            self._positions.pop(piece.request_id, None)
+            error = self._errors.pop(piece.request_id, None)
+        errors = [error, *(span.error for span in sequence.shifted.values())]
+        if any(errors):
+            raise RuntimeError(f"the reuse could not be repeated: {next(filter(None, errors))}")
+        self.answers.results.drifts[job.job_id] = drift
+
     # -- answers ------------------------------------------------------------------------------------------------------
 
     def _try(self, stage: str, job_id: int, work: Any) -> None:
         try:
             work()
         except Exception as error:
-            logger.exception("VLCache: a %s failed; the image will simply not be found", stage)
+            logger.exception("VLCache: a %s failed; requests go on without its result", stage)
             self._session.counters.add("failures", label=stage)
             self.answers.results.failed[job_id] = f"{stage}: {error}"
         else:
@@ -259,15 +272,6 @@ def save_embedding(session: WorkerSession, job: EmbeddingJob) -> None:
     target.copy_(rows)
     session.counters.add("saved_bytes", target.numel() * target.element_size(), label="embedding")
     session.counters.add("saved_entries", label="embedding")
-
-
-def answer_all_failed(metadata: VLCacheMetadata, why: str) -> StepAnswers:
-    """Answers of a step of which no job was tried."""
-    over = [piece for piece in metadata.reuse if piece.is_last]
-    jobs: Iterable[Any] = (*over, *metadata.saves, *metadata.embeddings, *metadata.compiles)
-    results = JobResults(failed={job.job_id: why for job in jobs}, unsupported=why)
-    requests = {piece.request_id for piece in over}
-    return StepAnswers(results, requests, set(requests))
 
 
 def _paged_layer(name: str, cache: torch.Tensor, attention: Any) -> PagedLayer:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorMetadata, ECConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from vlcache_connector.exec.audit import Drift
 from vlcache_connector.exec.model import Prompt
 from vlcache_connector.types import Extent, Run
 
@@ -71,6 +72,19 @@ class CompileJob:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditJob:
+    """Compute a prompt with reuse and without, in scratch blocks, and compare. Only in idle steps."""
+
+    piece: ReusePiece  # covers the whole prompt; its request is nobody's
+    embeddings: tuple[tuple[int, int, Extent], ...]  # offset, length and encoder output of images that are not reused
+    request_id: str  # whose prompt this was
+
+    @property
+    def job_id(self) -> int:
+        return self.piece.job_id
+
+
+@dataclass(frozen=True, slots=True)
 class EmbeddingJob:
     """Copy one encoder output between the slab and the engine's encoder cache."""
 
@@ -91,6 +105,7 @@ class VLCacheMetadata(KVConnectorMetadata):
     saves: list[SaveJob] = field(default_factory=list)
     embeddings: list[EmbeddingJob] = field(default_factory=list)  # saves that the encoder connector did not see
     compiles: list[CompileJob] = field(default_factory=list)
+    audits: list[AuditJob] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -109,6 +124,7 @@ class JobResults:
     failed: dict[int, str] = field(default_factory=dict)  # job -> why, on the first rank that failed
     unsupported: str | None = None  # the workers cannot drive this model at all
     laps: list[tuple[str, int, float]] = field(default_factory=list)  # kind of work, tokens, seconds
+    drifts: dict[int, Drift] = field(default_factory=dict)  # of audits that succeeded
 
     def __bool__(self) -> bool:
         return bool(self.succeeded or self.failed or self.laps)
@@ -119,6 +135,8 @@ class JobResults:
         self.failed = other.failed | self.failed
         self.unsupported = self.unsupported or other.unsupported
         self.laps += other.laps
+        for job_id, drift in other.drifts.items():
+            self.drifts[job_id] = self.drifts[job_id].merged(drift) if job_id in self.drifts else drift
 
 
 @dataclass(slots=True)

@@ -36,10 +36,13 @@ class RequestState:
     options: RequestOptions
     declined: Reason | None  # for good
     error: str | None = None  # what was wrong with the request's options
+    follows_engine: bool = True  # policy and ratio are the engine's defaults
+    is_suspended: bool = False  # reuse was switched off when the request came
     spans: tuple[Span, ...] = ()
     media: tuple[Media, ...] = ()
     chain: Chain | None = None  # where the block hashes leave the exact chain
     plan: ReusePlan | Reason | None = None  # outcome of the latest question
+    unused: ReusePlan | None = None  # what would have been the plan, had reuse not been switched off
     available: tuple[bool, ...] = ()  # which spans were at hand, at the latest question
     estimate: Estimate | None = None  # of the latest plan
     is_approximate: bool = False  # some KV of this request is, or builds on, reused KV
@@ -126,7 +129,8 @@ def describe(request: "Request", keys: KeySpace, engine: Options) -> RequestStat
         off = RequestOptions(Mode.OFF)
         return RequestState(request, off, Reason.INVALID_OPTIONS, str(error), reports=reports)
     reason = Reason.MODE if options.mode is Mode.OFF else request_reason(request)
-    state = RequestState(request, options, reason, reports=reports)
+    follows_engine = raw is None or not {"policy", "recompute_ratio"} & raw.keys()
+    state = RequestState(request, options, reason, reports=reports, follows_engine=follows_engine)
     if reason is None:
         _find_spans(state, keys, engine.trust_client_uuids)
     return state

@@ -54,3 +54,7 @@ class LayerStack(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One decoder layer over rows [n, hidden] at `positions` [3, n], inside an attention context."""
         ...
+
+    def logits(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor | None:
+        """Logits [n, vocabulary] of what the last layer gave; None where this rank is not told."""
+        ...

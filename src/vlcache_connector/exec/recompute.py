@@ -74,7 +74,21 @@ class Recompute:
             num_passes += 1
         return num_passes
 
-    def _run_pass(self, rows: Sequence[Row], sequences: Sequence[SequenceInput]) -> None:
+    def last_logits(self, sequence: SequenceInput) -> torch.Tensor | None:
+        """Compute all runs of a sequence; returns the logits [vocabulary] of its last token, as `LayerStack.logits`
+        does. Errors of shifted spans as in `run`.
+        """
+        *parts, last = split_passes(sequence.rows(0), self._limits)
+        for part in parts:
+            self._run_pass(part, [sequence])
+        hidden, residual = self._run_pass(last, [sequence])
+        logits = self._stack.logits(hidden[-1:], residual[-1:] if residual is not None else None)
+        return logits[0] if logits is not None else None
+
+    def _run_pass(
+        self, rows: Sequence[Row], sequences: Sequence[SequenceInput]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns what the last layer gave."""
         batch = build_batch(rows, [s.block_ids for s in sequences], self._block_size, self._device)
         shifts = _begin_shifts(rows, sequences)
         hidden, added = self._inputs(rows, sequences)
@@ -86,6 +100,7 @@ class Recompute:
                 hidden, residual = self._stack.run_layer(layer, positions, hidden, residual)
                 if layer < len(added):
                     hidden = hidden + added[layer]
+        return hidden, residual
 
     def _inputs(
         self, rows: Sequence[Row], sequences: Sequence[SequenceInput]

@@ -58,6 +58,11 @@ class QwenVLStack:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._decoder.layers[layer](positions, hidden, residual)
 
+    def logits(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor | None:
+        normed, _ = self._decoder.norm(hidden, residual)
+        found: torch.Tensor | None = self._model.compute_logits(normed)
+        return found
+
 
 def _rope_of(rotary: Any) -> Rope:
     """The rotation of a live rotary embedding, checked against the table that the engine itself uses."""
