@@ -71,6 +71,13 @@ class Audits:
         """Whether reuse is switched off."""
         return self._guard.is_off
 
+    @property
+    def is_raised(self) -> bool:
+        """Whether the guard keeps from reuse what would pay otherwise. The way back leads over audits, also of plans
+        that are not carried out.
+        """
+        return self._guard.level > 0
+
     def bind(self, pool: "BlockPool", block_size: int) -> None:
         self._pool, self._block_size = pool, block_size
 

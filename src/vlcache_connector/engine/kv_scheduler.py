@@ -234,12 +234,12 @@ class VLCacheScheduler:
             self._options.recompute_tokens,
         )
         if isinstance(plan, ReusePlan):
+            state.unused = plan if self._audits.is_raised else None
             state.estimate = estimate(plan, self._session.prices)
+            if state.is_suspended and plan.num_reused > 0:
+                return Reason.DRIFT
             if state.estimate is not None and not state.estimate.pays:
                 return Reason.NO_GAIN
-            if state.is_suspended and plan.num_reused > 0:
-                state.unused = plan
-                return Reason.DRIFT
         return plan
 
     def _is_available(self, span: Span) -> bool:

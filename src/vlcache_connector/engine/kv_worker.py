@@ -253,7 +253,7 @@ class VLCacheWorker:
         try:
             work()
         except Exception as error:
-            logger.exception("VLCache: a %s failed; requests go on without its result", stage)
+            logger.exception("VLCache: job failed (%s); requests go on without its result", stage)
             self._session.counters.add("failures", label=stage)
             self.answers.results.failed[job_id] = f"{stage}: {error}"
         else:

@@ -42,7 +42,7 @@ class RequestState:
     media: tuple[Media, ...] = ()
     chain: Chain | None = None  # where the block hashes leave the exact chain
     plan: ReusePlan | Reason | None = None  # outcome of the latest question
-    unused: ReusePlan | None = None  # what would have been the plan, had reuse not been switched off
+    unused: ReusePlan | None = None  # the plan, to be audited also if the guard's caution forbids it
     available: tuple[bool, ...] = ()  # which spans were at hand, at the latest question
     estimate: Estimate | None = None  # of the latest plan
     is_approximate: bool = False  # some KV of this request is, or builds on, reused KV
