@@ -23,7 +23,7 @@ from vlcache_connector.exec.audit import Drift
 from vlcache_connector.exec.model import Prompt
 from vlcache_connector.plan.drift import Change, DriftGuard, steps_of
 from vlcache_connector.plan.planner import plan_reuse
-from vlcache_connector.policy import POLICIES
+from vlcache_connector.policy import policy_of
 from vlcache_connector.store.host import HostEntry
 from vlcache_connector.types import ReusePlan, Run, Span
 
@@ -169,7 +169,8 @@ class Audits:
         covered = waiting.covered
         known = [span.offset < covered.end for span in waiting.spans]
         num_tokens = len(waiting.prompt.token_ids)
-        plan = plan_reuse(waiting.spans, known, num_tokens, covered.start, POLICIES[policy], ratio, 1)
+        limit = self._session.options.recompute_tokens
+        plan = plan_reuse(waiting.spans, known, num_tokens, covered.start, policy_of(policy), ratio, 1, limit)
         return plan if isinstance(plan, ReusePlan) and plan.num_reused > 0 else None
 
     def _entries(self, waiting: _Waiting, plan: ReusePlan) -> list[tuple[HostEntry | None, HostEntry]] | None:
