@@ -53,7 +53,7 @@ class Audits:
         self._session = session
         self._max_tokens = _MAX_PASSES * max_pass_tokens
         engine = session.options
-        self._guard = DriftGuard(steps_of(POLICIES[engine.policy], engine.recompute_ratio), engine.audit_kl)
+        self._guard = DriftGuard(steps_of(policy_of(engine.policy), engine.recompute_ratio), engine.audit_kl)
         self._queue: deque[_Waiting] = deque()
         self._open: dict[int, int | None] = {}  # job -> level of the guard that it is to hear of
         self._pool: BlockPool | None = None
