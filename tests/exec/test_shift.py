@@ -5,12 +5,14 @@ samples that agree, disagree or stand alone do to the others.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from exec import paged_rows
 from exec.test_pages import BLOCK_IDS, DIM, HEADS, NUM_BLOCKS, Layout, halves, transposed_keys
+from exec.test_recompute import LEVELS, NUM_LAYERS, WIDTH, Decoder, PagedStack, Request
 from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.exec.rope import Rope
 from vlcache_connector.exec.shift import ShiftedSpan, SpanShift
@@ -144,3 +146,19 @@ def test_nothing_but_reused_tokens_is_written() -> None:
             written[BLOCK_IDS[block], offset] = True
     for cache in scene.pages.caches:
         assert torch.equal(cache.abs().sum(dim=(1, 3, 4)) > 0, written)
+
+
+def test_reused_tokens_that_no_layer_loaded_are_an_error() -> None:
+    """An attention that does not call back between KV update and attention: the pages would hold something else."""
+    generator = torch.Generator().manual_seed(4)
+    request = Request(
+        torch.zeros(OFFSET + LENGTH, dtype=torch.int64),
+        torch.randint(0, 50, (3, OFFSET + LENGTH), generator=generator),
+        [0, 1, 2, 3],
+        [(OFFSET, torch.randn(LENGTH, WIDTH * (1 + LEVELS), generator=generator))],
+    )
+    entry, whole = torch.zeros(NUM_LAYERS, 2, LENGTH, HEADS, DIM), Run(OFFSET, OFFSET + LENGTH)
+    span = ShiftedSpan(pages_of(halves()), Rope(torch.ones(3), True), OFFSET, entry, 0, REUSED)
+    sequence = replace(request.input([Run(0, 4), *SAMPLES[1:]]), whole=(whole,), shifted={whole: span})
+    PagedStack(Decoder(torch.float64)).recompute([sequence])
+    assert "reused tokens are missing" in str(span.error)

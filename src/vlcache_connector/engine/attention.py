@@ -41,8 +41,6 @@ class AttentionContexts:
         self._layers: list[Any] = [layers[name] for name in self._layer_names]
         builder_class = self._layers[0].get_attn_backend().get_builder_cls()
         self._builder = builder_class(spec, list(self._layer_names), vllm_config, pages.device)
-        self.shows_fresh_kv = not self._layers[0].get_attn_backend().forward_includes_kv_cache_update
-        """Whether passes can call back between a layer's KV update and its attention."""
         self._replacement: PassAttention | None = None
         if attention != "engine":
             _require_plain_attention(self._layers[0], attention)

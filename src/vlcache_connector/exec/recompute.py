@@ -100,6 +100,9 @@ class Recompute:
                 hidden, residual = self._stack.run_layer(layer, positions, hidden, residual)
                 if layer < len(added):
                     hidden = hidden + added[layer]
+        for span, _ in shifts:
+            if span.error is None and span.layers_loaded != self._stack.num_layers:
+                span.error = RuntimeError("the attention layers did not show their fresh KV; reused tokens are missing")
         return hidden, residual
 
     def _inputs(

@@ -31,6 +31,7 @@ class ShiftedSpan:
     delta: int  # positions by which the span moved
     reused: Sequence[Run]
     is_begun: bool = False  # a pass with samples of it has loaded its reused tokens, or has tried to
+    layers_loaded: int = 0
     error: Exception | None = None
 
     @property
@@ -74,6 +75,7 @@ class SpanShift:
         shift = _trusted(self._changes(entry, keys, values))
         shift_rows(entry, shift, self._places, turns=self._turns, is_neox=self._rope.is_neox, out=self._shifted)
         load_rows(self._shifted[None], self._pages.caches[layer : layer + 1], self._slots, self._pages.layout)
+        self._span.layers_loaded += 1
 
     def _changes(self, entry: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """By how much the samples of each run have changed, on average: [2, runs, heads, dim]."""
