@@ -87,6 +87,8 @@ class Auditor:
         assert worker._pages is not None
         slab, positions = worker._session.slab, worker._stack.positions(job.prompt)
         for span in job.spans:
+            if job.is_shifted(span):
+                continue  # what its rows must be, the replay says
             wanted = positions[:, span.offset : span.offset + span.length]
             delta = position_delta(slab.positions(span.kv, span.length), wanted)
             entry = slab.kv(span.kv, span.length)
@@ -104,7 +106,8 @@ class Auditor:
         found = read_rows(worker._pages, job.block_ids, Run(job.start, job.end))
         alone = replay.rows(job)
         gap = (found - alone).abs().max().item()
-        noise = (replay.rows(job, _SPLIT) - alone).abs().max().item() if self._dice.random() < 0.25 else None
+        is_split = not job.shifts and self._dice.random() < 0.25
+        noise = (replay.rows(job, _SPLIT) - alone).abs().max().item() if is_split else None
         journal.note("replay", request=piece.request_id, gap=gap, noise=noise, size=alone.abs().max().item())
         whole = self.step.loaded.get(piece.job_id) if self.step is not None else None
         if whole is not None:
@@ -235,4 +238,4 @@ def _joined(pieces: Sequence[ReusePiece]) -> Job:
     reused = [run for span in spans.values() for run in span.reused]
     last = pieces[-1]
     start = min(run.start for run in (*recomputed, *reused))
-    return Job(last.prompt, last.block_ids, start, tuple(spans.values()), recomputed)
+    return Job(last.prompt, last.block_ids, start, tuple(spans.values()), recomputed, last.shifts)

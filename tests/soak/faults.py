@@ -45,6 +45,7 @@ SITES = (
     Site(_ENGINE + "ec_sides", "save_embedding", may_be_late=True),
     Site(_ENGINE + "ec_sides:ECWorker", "_load", weight=10, may_be_late=True),  # once in a hundred requests
     Site("vlcache_connector.exec.recompute:Recompute", "run", may_be_late=True),
+    Site("vlcache_connector.exec.shift", "shift_rows", weight=0.3, may_be_late=True),
 )
 
 _calm = 0

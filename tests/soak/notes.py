@@ -114,6 +114,7 @@ def _attach_to_metadata() -> None:
             plain.saves,
             plain.embeddings,
             plain.compiles,
+            plain.audits,
             _keys(self._session, {job.job_id for job in jobs}),
             _loaded(self, plain),
             resumed,

@@ -4,7 +4,7 @@ The live job may have run in several pieces over several steps, in passes that i
 forwards, aborts and faults. Here it runs at once, and the rest of its prompt behind it, which gives the first token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from vlcache_connector.exec.model import Prompt
 from vlcache_connector.exec.pages import Pages
 from vlcache_connector.exec.recompute import Recompute, SequenceInput
 from vlcache_connector.exec.rope import position_delta
+from vlcache_connector.exec.shift import ShiftedSpan
 from vlcache_connector.exec.transfer import load_runs
 from vlcache_connector.types import Run
 
@@ -35,6 +36,11 @@ class Job:
     start: int  # before it, rows are taken over from the live pages
     spans: tuple[SpanLoad, ...]  # each with its reused runs of all pieces
     recomputed: tuple[Run, ...]
+    shifts: bool
+
+    def is_shifted(self, span: SpanLoad) -> bool:
+        """Whether the span's reused rows move by what its recomputed ones show."""
+        return self.shifts and bool(span.reused) and any(len(run.intersect(span.run)) for run in self.recomputed)
 
     @property
     def end(self) -> int:
@@ -62,21 +68,29 @@ class Replay:
         self._pass = Recompute(self._stack, contexts, spec.block_size, limits, self._pages.device)
 
     def rows(self, job: Job, max_run: int | None = None) -> torch.Tensor:
-        """Rows [layers, 2, tokens, ...] from `job.start` to its end; with `max_run`, in passes of so few tokens."""
+        """Rows [layers, 2, tokens, ...] from `job.start` to its end; with `max_run`, in passes of so few tokens,
+        which is not for jobs that shift.
+        """
         live, slab, stack = self._worker._pages, self._worker._session.slab, self._worker._stack
         assert live is not None
         if job.start:
             before = Run(0, job.start)
             write_rows(self._pages, self._blocks, before, read_rows(live, job.block_ids, before))
         positions = stack.positions(job.prompt)
+        shifted: dict[Run, ShiftedSpan] = {}
         for span in job.spans:
             wanted = positions[:, span.offset : span.offset + span.length]
             delta = position_delta(slab.positions(span.kv, span.length), wanted)
             entry = slab.kv(span.kv, span.length)
-            load_runs(self._pages, stack.rope, entry, span.offset, delta, span.reused, self._blocks)
+            if job.is_shifted(span):
+                shifted[span.run] = ShiftedSpan(self._pages, stack.rope, span.offset, entry, delta, span.reused)
+            else:
+                load_runs(self._pages, stack.rope, entry, span.offset, delta, span.reused, self._blocks)
         embeddings = [(s.offset, slab.embedding(s.embedding, s.length)) for s in job.spans]
         for runs in [job.recomputed] if max_run is None else [(run,) for run in _cut(job.recomputed, max_run)]:
-            self._compute(job.prompt, positions, runs, embeddings)
+            self._compute(job.prompt, positions, runs, embeddings, shifted)
+        errors = [span.error for span in shifted.values() if span.error is not None]
+        assert not errors, errors
         return read_rows(self._pages, self._blocks, Run(job.start, job.end))
 
     def first_token(
@@ -107,10 +121,12 @@ class Replay:
         positions: torch.Tensor,
         runs: Sequence[Run],
         embeddings: list[tuple[int, torch.Tensor]],
+        shifted: Mapping[Run, ShiftedSpan] | None = None,
     ) -> None:
-        token_ids = torch.tensor(prompt.token_ids, dtype=torch.int64)
+        token_ids, spans = torch.tensor(prompt.token_ids, dtype=torch.int64), shifted or {}
+        sequence = SequenceInput(token_ids, positions, self._blocks, runs, embeddings, tuple(spans), spans)
         with self._in_place():
-            self._pass.run([SequenceInput(token_ids, positions, self._blocks, runs, embeddings)])
+            self._pass.run([sequence])
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

@@ -107,7 +107,7 @@ class Call:
 KINDS: dict[str, tuple[float, dict[str, Any] | None]] = {
     "default": (0.20, None),
     "reuse 0.05": (0.22, {"mode": "reuse", "recompute_ratio": 0.05}),
-    "reuse 0.3": (0.16, {"recompute_ratio": 0.3, "explain": True}),
+    "reuse 0.3": (0.16, {"policy": "leading", "recompute_ratio": 0.3, "explain": True}),
     "reuse 0": (0.04, {"recompute_ratio": 0.0}),
     "reuse 1": (0.14, {"recompute_ratio": 1.0}),
     "exact": (0.08, {"mode": "exact"}),
