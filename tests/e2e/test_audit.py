@@ -20,7 +20,7 @@ from vlcache_connector.engine import kv_worker
 from vlcache_connector.plan.drift import MIN_TO_RAISE, WINDOW
 
 MODEL = Path("examples/grid_model/model")
-RATIOS = [0.05, 0.1, 0.2, 0.4, 0.5]  # that the guard goes through, by default
+RATIOS = [0.05, 0.1, 0.2, 0.4, 0.5]  # that the guard goes through
 LIMIT = 0.1
 
 
@@ -57,7 +57,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:  # for so small a model a second thread would only wait
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")
-        engine = Engine(MODEL, log, {"audit_fraction": 1.0}, dtype="bfloat16", max_model_len=2048)
+        engine = Engine(
+            MODEL, log, {"audit_fraction": 1.0, "recompute_ratio": RATIOS[0]}, dtype="bfloat16", max_model_len=2048
+        )
     engine.call(inside.watch_counters)
     yield engine
     engine.close()
@@ -157,7 +159,7 @@ def change_weights(llm: Any) -> None:
     for layer in inside.model(llm).language_model.model.layers:
         weight = layer.input_layernorm.weight.data
         inside._undo.append(partial(weight.copy_, weight.clone()))
-        weight.mul_(torch.linspace(0.2, 1.8, len(weight), dtype=weight.dtype))
+        weight[::4] *= -1
 
 
 FAULTS = [turn_keys_wrongly, damage_entries, change_weights]

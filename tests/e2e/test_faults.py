@@ -24,6 +24,7 @@ REUSE_FAULTS = {
     "positions": (SIDES + "models.qwen_vl:QwenVLStack", "positions"),
     "position delta": (SIDES + "kv_worker", "position_delta"),
     "load": (SIDES + "kv_worker", "load_runs"),
+    "load on the way": ("vlcache_connector.exec.shift", "shift_rows"),
     "recompute": ("vlcache_connector.exec.recompute:Recompute", "run"),
     "a layer in the middle of the pass": (SIDES + "models.qwen_vl:QwenVLStack", "run_layer"),
 }
@@ -41,7 +42,8 @@ def test_a_fault_on_the_way_to_reuse_ends_as_plain_computation(fresh: Engine, bo
     fresh.forget()
     fresh.call(inside.counters)
     fresh.call(inside.plant, *REUSE_FAULTS[fault])
-    answer = fresh.ask_one(Ask(PROMPT, ratio=0.05))
+    policy = "leading" if fault == "load" else "shifted"
+    answer = fresh.ask_one(Ask(PROMPT, ratio=0.05, policy=policy))
     assert answer.gap(expected) <= bound
     assert answer.report.get("reused_tokens", 0) == 0
     counts = fresh.call(inside.counters)
