@@ -71,11 +71,14 @@ def test_damaged_files_are_computed_again(second: Engine, folder: Path) -> None:
     answer = second.ask_one(Ask(PROMPT, ratio=0.05))
     assert answer.report["reused_tokens"] == 0 and answer.gap(expected) <= limit
     assert second.call(inside.counters)["lost_entries:disk"] > 0
-    assert second.call(inside.drain)
-    second.forget()
-    second.call(inside.forget_host_tier)
-    again = second.ask_one(Ask([OPEN, A, "once more", CLOSE], ratio=0.05))
-    assert again.report["tier"] == "disk" and again.report["reused_tokens"] > 0, "it was written again"
+    for number in ("first", "second"):  # a file that nobody had to read yet is found to be damaged by the first
+        assert second.call(inside.drain)
+        second.forget()
+        second.call(inside.forget_host_tier)
+        again = second.ask_one(Ask([OPEN, A, number, CLOSE], ratio=0.05))
+        if again.report["reused_tokens"] > 0:
+            break
+    assert again.report["tier"] == "disk" and again.report["reused_tokens"] > 0, f"not written again: {again.report}"
 
 
 def test_the_ranks_of_a_tensor_parallel_engine_find_their_own_parts(start_here: Start, tmp_path: Path) -> None:
