@@ -50,7 +50,7 @@ def test_a_snapshot_that_cannot_be_written_is_one_line(start: Start, run: Run, t
 
 def test_an_interrupted_wait_is_quiet_and_the_snapshot_goes_on(start: Start, runtime: Path, tmp_path: Path) -> None:
     start()
-    vlcache = process_of(runtime, "snapshot", tmp_path / "image", "--bandwidth", "1M")
+    vlcache = process_of(runtime, "snapshot", tmp_path / "image", "--bandwidth", "256K")
     wait_for(tmp_path / "image.unfinished")
     vlcache.send_signal(signal.SIGINT)
     out, err = vlcache.communicate()
