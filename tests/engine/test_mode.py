@@ -22,3 +22,14 @@ def test_a_request_may_still_ask_an_exact_engine_for_less(make_engine: MakeEngin
     (answer,) = engine.ask(Ask(PROMPT, mode="off"))
     assert answer.report["mode"] == "off"
     assert engine.counts["saved_entries:kv"] == engine.counts["saved_entries:embedding"] == 0
+
+
+def test_a_request_that_names_the_engines_own_policy_gets_its_encoder_outputs(make_engine: MakeEngine) -> None:
+    own = "vlcache_connector.policy.leading:Leading"
+    engine = make_engine(policy=own)
+    show(engine)
+    engine.forget()
+    engine.scheduler.reset_encoder_cache()
+    (answer,) = engine.ask(Ask(PROMPT, mode="exact", policy=own))
+    assert answer.report["policy"] == own and "error" not in answer.report
+    assert engine.encoded == [A.identifier, B.identifier, C.identifier], "each was encoded once, when it was new"

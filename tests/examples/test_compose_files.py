@@ -103,8 +103,6 @@ def test_the_example_of_settings_names_every_variable() -> None:
 def test_the_connector_takes_the_options_in_the_command(files: list[Path]) -> None:
     flag = connector_of(services(files, {**SECRETS, "VLCACHE_MODE": "exact"}))
     extra = flag["kv_connector_extra_config"]
-    if "remote" in extra and "remote" not in Options.__dataclass_fields__:
-        pytest.skip("to run it: this version needs the option `remote`")
     options = Options.parse(extra)
     assert options.mode == "exact" and options.recompute_ratio == 0.02
     assert flag["kv_role"] == "kv_producer", "clients are not trusted: no embedding inputs"

@@ -55,7 +55,7 @@ class ECScheduler:
         on its way up from a tier below.
         """
         self._salt, self._num_embeds, self._found = request.cache_salt, {}, {}
-        if self._is_enabled and wants_embeddings(request):
+        if self._is_enabled and wants_embeddings(request, self._session.options):
             self._num_embeds = {f.identifier: f.mm_position.get_num_embeds() for f in request.mm_features}
         fetches = self._session.fetches
         waits = [
@@ -92,7 +92,7 @@ class ECScheduler:
     def update_state_after_alloc(self, request: "Request", index: int) -> None:
         """This step fills the engine's encoder cache with the item: from the slab if it is there, or by the encoder."""
         session, feature = self._session, request.mm_features[index]
-        if not self._is_enabled or not wants_embeddings(request):
+        if not self._is_enabled or not wants_embeddings(request, session.options):
             return
         key = session.keys.embedding(feature.identifier, request.cache_salt)
         num_embeds, salt = feature.mm_position.get_num_embeds(), request.cache_salt

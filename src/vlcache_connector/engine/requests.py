@@ -153,11 +153,11 @@ def _find_spans(state: RequestState, keys: KeySpace, trust_client_uuids: bool) -
     state.spans, state.media = tuple(spans), tuple(media)
 
 
-def wants_embeddings(request: "Request") -> bool:
+def wants_embeddings(request: "Request", engine: Options) -> bool:
     """Whether encoder outputs may be stored for, and served to, this request. They are exact in every mode."""
     params = request.kv_transfer_params
     raw = params.get(PARAMS_KEY) if isinstance(params, dict) else None
     try:
-        return RequestOptions.parse(raw, Options()).mode is not Mode.OFF
+        return RequestOptions.parse(raw, engine).mode is not Mode.OFF
     except OptionError:
         return False
