@@ -29,8 +29,8 @@ class Options:
     recompute_ratio: float = DEFAULT_RATIO
     """Share of a span's tokens to recompute, in [0, 1]; at least one token is recomputed when it is above 0."""
     recompute_tokens: int | None = None
-    """Most tokens of one span to recompute, whatever the ratio; None: no limit. The policy `full` knows none either, and
-    `shifted` takes eight at least."""
+    """Most tokens of one span to recompute, whatever the ratio; None: no limit. The policy `full` knows none either,
+    and `shifted` takes eight at least."""
     host_gib: float = 4.0
     """GiB of host memory for entries, in each worker process."""
     disk_path: str | None = None

@@ -118,3 +118,15 @@ def test_only_requests_of_one_setting_share_approximate_blocks(make_engine: Make
         assert first.report["prefix_cached_tokens"] <= len(OPEN) or mode == "off" or ratio == 1.0
         (again,) = engine.ask(Ask(PROMPT, mode, ratio))
         assert again.report["prefix_cached_tokens"] >= len(OPEN) + B.num_tokens
+
+
+def test_each_policy_has_approximate_blocks_of_its_own(make_engine: MakeEngine) -> None:
+    """What one policy left in the prefix cache is not found under another, and found again under the same."""
+    engine = make_engine()
+    show(engine)
+    asks = [Ask(PROMPT, ratio=0.5, policy=policy) for policy in ("leading", "shifted", "leading", "shifted")]
+    answers = [engine.ask(ask)[0] for ask in asks]
+    assert [reused(answer) > 0 for answer in answers[:2]] == [True, True]
+    cached = [answer.report["prefix_cached_tokens"] for answer in answers]
+    assert cached[1] < len(OPEN) + B.num_tokens, "nothing approximate is shared"
+    assert min(cached[2:]) > len(OPEN) + B.num_tokens and all(reused(answer) < B.num_tokens for answer in answers[2:])
