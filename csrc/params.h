@@ -52,15 +52,24 @@ struct RowsParams {
   const float* scales;         // [layers, 2]: a page holds value / scale; null: all 1
 };
 
-// Rows of one layer that move by the same change: entry [2, tokens, heads, dim] -> out, which may be the same memory.
+// Of keys and values [2, tokens, heads, dim] of one layer, in elements; dim is contiguous.
+struct RowStrides {
+  int64_t kv, token, head;
+
+  VLCACHE_HOST_DEVICE int64_t offset(int64_t k_or_v, int64_t t, int64_t h) const {
+    return k_or_v * kv + t * token + h * head;
+  }
+};
+
+// Rows of one layer, each moved by a change of its own: entry [2, tokens, heads, dim] and as many changes -> out, which
+// may be the memory of entry, but not of the changes.
 struct ShiftParams {
   int64_t tokens, heads, dim;
-  Type type;  // of entry and out
+  Type type;  // of entry, shift and out
   const void* entry;
-  int64_t entry_kv_stride, entry_token_stride, entry_head_stride;  // dim is contiguous
+  const void* shift;  // of keys before their places turn them, of values
   void* out;
-  int64_t out_kv_stride, out_token_stride, out_head_stride;
-  const float* shift;   // [2, heads, dim]: of keys before their places turn them, of values
+  RowStrides entry_strides, shift_strides, out_strides;
   const float* places;  // [tokens, 2, rotary_dim / 2]: cosines, then sines
   const float* turns;   // [2, rotary_dim / 2]; null: keys stay as they are before the shift is added
   int64_t half_rotary;  // rotary_dim / 2

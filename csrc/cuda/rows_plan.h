@@ -11,7 +11,8 @@ namespace cuda {
 
 struct RowsPlan {
   static constexpr int kThreads = 256;
-  static constexpr int kUnroll = 4;  // rows that a thread has under way
+  static constexpr int kUnroll = 4;       // rows that a thread has under way
+  static constexpr int kShiftUnroll = 2;  // in shift_rows, where each comes with its change
 
   bool vectors;  // 16-byte accesses; false: one element at a time, and of the rest only `blocks` counts
   bool is_neox;
@@ -56,9 +57,9 @@ inline bool rows_allow_vectors(const RowsParams& params, int64_t itemsize) {
          pages.dim * itemsize <= 32 * RowsPlan::kThreads;
 }
 
-// `layers` times `rows` of K and as many of V, of `dim` elements each; `rotary_dim` of keys turn.
-inline RowsPlan plan_of(bool vectors, int64_t itemsize, int64_t layers, int64_t rows, int64_t dim, int64_t rotary_dim,
-                        bool is_neox) {
+// `layers` times `rows` of K and as many of V, of `dim` elements each, `unroll` to a thread; `rotary_dim` of keys turn.
+inline RowsPlan plan_of(bool vectors, int64_t itemsize, int64_t layers, int64_t rows, int unroll, int64_t dim,
+                        int64_t rotary_dim, bool is_neox) {
   RowsPlan plan{};
   plan.itemsize = int(itemsize);
   plan.vectors = vectors;
@@ -74,7 +75,7 @@ inline RowsPlan plan_of(bool vectors, int64_t itemsize, int64_t layers, int64_t 
   plan.units = uint32_t(plan.pieces + 1) / 2;
   plan.rows = uint32_t(rows);
   plan.rows_per_pass = RowsPlan::kThreads / plan.units;
-  const int64_t rows_per_group = int64_t(plan.rows_per_pass) * RowsPlan::kUnroll;
+  const int64_t rows_per_group = int64_t(plan.rows_per_pass) * unroll;
   plan.groups = uint32_t((rows + rows_per_group - 1) / rows_per_group);
   plan.blocks = layers * 2 * plan.groups;
   return plan;
@@ -84,23 +85,21 @@ inline RowsPlan plan_of(bool vectors, int64_t itemsize, int64_t layers, int64_t 
 inline RowsPlan plan_rows(const RowsParams& params) {
   const int64_t itemsize = nbytes_of(params.cache_type), rows = params.tokens * params.pages.heads;
   const int64_t rotary_dim = params.turns == nullptr ? 0 : 2 * params.half_rotary;
-  return plan_of(rows_allow_vectors(params, itemsize), itemsize, params.layers, rows, params.pages.dim, rotary_dim,
-                 params.is_neox);
+  return plan_of(rows_allow_vectors(params, itemsize), itemsize, params.layers, rows, RowsPlan::kUnroll,
+                 params.pages.dim, rotary_dim, params.is_neox);
 }
 
-// As `rows_allow_vectors`; the tables of angles and changes are read 16 bytes at a time as well.
+// As `rows_allow_vectors`; the tables of angles are read 16 bytes at a time as well.
 inline bool shift_allows_vectors(const ShiftParams& params, int64_t itemsize) {
   if (itemsize == 1) return false;
-  for (const void* address : {params.entry, static_cast<const void*>(params.out),
-                              static_cast<const void*>(params.shift), static_cast<const void*>(params.places),
-                              static_cast<const void*>(params.turns)}) {
+  for (const void* address : {params.entry, params.shift, static_cast<const void*>(params.out),
+                              static_cast<const void*>(params.places), static_cast<const void*>(params.turns)}) {
     if (reinterpret_cast<uintptr_t>(address) % 16 != 0) return false;
   }
-  if (!are_multiples(16, {params.dim * itemsize, params.entry_kv_stride * itemsize,
-                          params.entry_token_stride * itemsize, params.entry_head_stride * itemsize,
-                          params.out_kv_stride * itemsize, params.out_token_stride * itemsize,
-                          params.out_head_stride * itemsize,
-                          (params.is_neox ? 1 : 2) * params.half_rotary * itemsize})) {
+  for (const RowStrides& strides : {params.entry_strides, params.shift_strides, params.out_strides}) {
+    if (!are_multiples(16, {strides.kv * itemsize, strides.token * itemsize, strides.head * itemsize})) return false;
+  }
+  if (!are_multiples(16, {params.dim * itemsize, (params.is_neox ? 1 : 2) * params.half_rotary * itemsize})) {
     return false;
   }
   return params.tokens * params.heads < (int64_t(1) << 31) && params.dim * itemsize <= 32 * RowsPlan::kThreads;
@@ -109,8 +108,8 @@ inline bool shift_allows_vectors(const ShiftParams& params, int64_t itemsize) {
 // Needs at least one token, head and dimension.
 inline RowsPlan plan_shift(const ShiftParams& params) {
   const int64_t itemsize = nbytes_of(params.type);
-  return plan_of(shift_allows_vectors(params, itemsize), itemsize, 1, params.tokens * params.heads, params.dim,
-                 2 * params.half_rotary, params.is_neox);
+  return plan_of(shift_allows_vectors(params, itemsize), itemsize, 1, params.tokens * params.heads,
+                 RowsPlan::kShiftUnroll, params.dim, 2 * params.half_rotary, params.is_neox);
 }
 
 }  // namespace cuda

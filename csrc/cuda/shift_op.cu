@@ -14,13 +14,14 @@ namespace {
 
 using cuda::RowsPlan;
 
+// Blocks that a multiprocessor has registers for at least: told none, nvcc aims at more, and spills some for it.
 template <typename T>
-__global__ void __launch_bounds__(RowsPlan::kThreads)
+__global__ void __launch_bounds__(RowsPlan::kThreads, 2)
     vectors_kernel(const __grid_constant__ ShiftParams params, const __grid_constant__ RowsPlan plan) {
   cuda::shift_vectors<T>(params, plan);
 }
 
-__global__ void __launch_bounds__(RowsPlan::kThreads) elements_kernel(const __grid_constant__ ShiftParams params) {
+__global__ void __launch_bounds__(RowsPlan::kThreads, 4) elements_kernel(const __grid_constant__ ShiftParams params) {
   cuda::shift_elements(params);
 }
 

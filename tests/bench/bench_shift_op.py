@@ -1,10 +1,10 @@
-"""Reused tokens that move by a mean change, one layer at a time as a recompute pass loads them; `bench_ops.py` runs
+"""Reused tokens that each move by a change of their own, one layer at a time as a recompute pass loads them; `bench_ops.py` runs
 this.
 
 "load, turned" is load_rows with rotation alone, as other spans are loaded; "shift + load" is shift_rows into memory
-that stays and load_rows from there; "in a pass" is all that exec/shift.py does for a layer, samples (2 % of the tokens,
-in 8 runs) compared and averaged. "memcpy" is PyTorch's copy of the same bytes. Pages and emptied caches as in
-bench_rows_op.py.
+that stays and load_rows from there, with one change per token, as a matrix product leaves them; "in a pass" is all that
+exec/shift.py does for a layer, samples (2 % of the tokens, in 8 runs) compared and averaged. "memcpy" is PyTorch's copy
+of the same bytes. Pages and emptied caches as in bench_rows_op.py.
 """
 
 from __future__ import annotations
@@ -86,14 +86,15 @@ def functions_of(case: Case, layout: str) -> dict[str, Callable[[], object]]:
     in_a_pass = SpanShift(span, positions, block_ids, list(zip(firsts, sampled, strict=True)))
     slots, turns = pages.slots(block_ids, reused, OFFSET, case.tokens), rope.turns(DELTA, pages.device)
     places = rope.places(positions[:, OFFSET:], pages.device)
-    change = torch.randn(2, case.heads, case.dim, generator=generator)
+    products = torch.randn(case.tokens, 2, case.heads, case.dim, generator=generator).to(DTYPE)
+    changes = products.transpose(0, 1)
     copy, shifted = torch.zeros_like(entry), torch.zeros_like(entry[0])
 
     def load(layer: int, rows: torch.Tensor, turns: torch.Tensor | None = None) -> None:
         load_rows(rows[None], pages.caches[layer : layer + 1], slots, pages.layout, turns=turns)
 
     def shift(layer: int) -> torch.Tensor:
-        return shift_rows(entry[layer], change, places, turns=turns, out=shifted)
+        return shift_rows(entry[layer], changes, places, turns=turns, out=shifted)
 
     def of_all_layers(move: Callable[[int], object]) -> Callable[[], object]:
         return lambda: [move(layer) for layer in range(LAYERS)]

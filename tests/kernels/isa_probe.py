@@ -46,7 +46,7 @@ def _bytes(memory: torch.Tensor) -> bytes:
 def _shifted(shift_rows: Shift, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(13)
     entry = torch.randint(-15, 16, SIZES.entry_shape[1:], generator=generator).to(dtype)
-    shift = torch.randint(-15, 16, (2, SIZES.heads, SIZES.dim), generator=generator).float()
+    shift = torch.randint(-15, 16, SIZES.entry_shape[1:], generator=generator).to(dtype)
     angles = torch.randint(-64, 65, (SIZES.tokens + 1, 2, ROTARY_DIM // 2), generator=generator) / 64
     return [
         shift_rows(entry, shift, angles[1:], turns=turns, is_neox=is_neox)

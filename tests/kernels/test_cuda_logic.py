@@ -180,8 +180,19 @@ def test_rows_are_shifted_16_bytes_at_a_time(
         assert torch.equal(as_bits(entry), as_bits(given.solve(implementation)))
 
 
-SHIFT_STRIDES = ["entry kv", "entry token", "entry head", "entry address", "out kv", "out token", "out head"]
-SHIFT_STRIDES += ["out address", "shift address", "places address", "turns address"]
+def test_changes_out_of_a_matrix_product_and_expanded_ones_are_read_16_bytes_at_a_time(
+    implementation: Implementation, gpu: Device
+) -> None:
+    given = test_shift.problem((40, 3, 128, 128), torch.bfloat16, is_neox=True)
+    products = given.shift.transpose(0, 1).contiguous()
+    for changes in (products.transpose(0, 1), given.shift[:, :1].expand_as(given.shift)):
+        gpu.used_vectors = 0
+        test_shift.check(implementation, dataclasses.replace(given, shift=changes))
+        assert gpu.used_vectors
+
+
+SHIFT_STRIDES = [f"{rows} {step}" for rows in ("entry", "shift", "out") for step in ("kv", "token", "head", "address")]
+SHIFT_STRIDES += ["places address", "turns address"]
 
 
 @pytest.mark.parametrize("odd", [None, *SHIFT_STRIDES])

@@ -21,7 +21,7 @@ layout = ops.PageLayout.alike(4, ops.Strides(0, 6, 24, 1), 3)
 entry = torch.empty(1, 2, 3, 1, 3)
 for _ in range(2):
     ops.save_rows(entry, [pages], torch.tensor([7, 0, 5]), layout)
-assert torch.equal(ops.shift_rows(entry[0], torch.ones(2, 1, 3), torch.zeros(3, 2, 0)), entry[0] + 1)
+assert torch.equal(ops.shift_rows(entry[0], torch.ones(2, 3, 1, 3), torch.zeros(3, 2, 0)), entry[0] + 1)
 report = [(s.device, str(s.path), s.is_needed, s.is_loaded, s.problem) for s in library.library_report()]
 print(json.dumps([entry.flatten().tolist(), sorted(library.load_libraries()), library.cpu_isa(), report]))
 """

@@ -5,7 +5,7 @@ Bounds are those of test_rows_turned.py: a turned pair is off by 2 u (|x| + |y|)
 sum is rounded to fp32, and what is stored once more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def problem(sizes: tuple[int, int, int, int], dtype: torch.dtype, *, is_neox: bo
     places = [turns_of(some_angles(rotary_dim, seed=token + 1), torch.device("cpu")) for token in range(tokens)]
     return Problem(
         random_values((2, tokens, heads, dim), dtype),
-        random_values((2, heads, dim), torch.float32, seed=3),
+        random_values((2, tokens, heads, dim), dtype, seed=3),
         torch.stack(places) if places else torch.zeros(0, 2, rotary_dim // 2),
         turns_of(some_angles(rotary_dim), torch.device("cpu")) if turns_keys else None,
         is_neox,
@@ -82,8 +82,8 @@ def exactly_shifted(given: Problem) -> torch.Tensor:
     if given.turns is not None:
         result[0] = exactly_turned(given.entry[0], given.turns, given.is_neox)
     for token, place in enumerate(given.places):
-        result[0, token] += exactly_turned(given.shift[0], place, given.is_neox)
-        result[1, token] += given.shift[1].double()
+        result[0, token] += exactly_turned(given.shift[0, token], place, given.is_neox)
+    result[1] += given.shift[1].double()
     return result
 
 
@@ -134,8 +134,8 @@ def test_a_key_changes_as_it_was_before_its_position_turned_it(implementation: I
         return exactly_turned(rows, torch.stack((angles.cos(), angles.sin())), is_neox)
 
     stored = torch.stack([at(row, int(p)) for row, p in zip(keys, positions, strict=True)])
-    change = random_values((2, heads, dim), torch.float32, seed=5)
-    wanted = torch.stack([at(row + change[0], int(p) + delta) for row, p in zip(keys, positions, strict=True)])
+    change = random_values((2, tokens, heads, dim), torch.float32, seed=5)
+    wanted = torch.stack([at(row, int(p) + delta) for row, p in zip(keys + change[0], positions, strict=True)])
     places = torch.stack([turns_of(frequencies * (int(p) + delta), torch.device("cpu")) for p in positions])
     turns = turns_of(frequencies * delta, torch.device("cpu"))
     entry = stored.float().expand(2, -1, -1, -1).contiguous()
@@ -207,10 +207,10 @@ def test_threads_share_the_tokens(implementation: Implementation, sizes: tuple[i
 
 @every_style
 @pytest.mark.parametrize("dim", [64, 21])
-def test_entry_and_result_may_be_views_with_any_strides(
+def test_entry_changes_and_result_may_be_views_with_any_strides(
     implementation: Implementation, is_neox: bool, dim: int
 ) -> None:
-    """And of the memory around the result nothing changes."""
+    """Changes as a matrix product leaves them. And of the memory around the result nothing changes."""
     given = problem((5, 3, dim, dim // 2 * 2), torch.bfloat16, is_neox=is_neox)
     memory = random_bits((3, 2 * 7, 2, dim + 3), torch.bfloat16).to(implementation.device)
     entry = torch.zeros(5 + 1, 3, 2, dim + 5, dtype=torch.bfloat16, device=implementation.device)
@@ -220,8 +220,21 @@ def test_entry_and_result_may_be_views_with_any_strides(
     assert read.shape == write.shape == given.entry.shape
     wanted = memory.clone()
     wanted[:, 2:-2:2, :, 1:-2] = given.solve(implementation).permute(2, 1, 0, 3).to(implementation.device)
-    given.solve(implementation, read, out=write)
+    products = given.shift.transpose(0, 1).contiguous().to(implementation.device)
+    replace(given, shift=products.transpose(0, 1)).solve(implementation, read, out=write)
     assert torch.equal(as_bits(memory), as_bits(wanted))
+
+
+@every_style
+@every_dtype
+@pytest.mark.parametrize("dim", [64, 21])
+def test_one_change_may_serve_all_tokens(
+    implementation: Implementation, dtype: torch.dtype, is_neox: bool, dim: int
+) -> None:
+    given = problem((13, 3, dim, dim // 2 * 2), dtype, is_neox=is_neox)
+    expanded = replace(given, shift=given.shift[:, 4:5].expand_as(given.shift))
+    repeated = replace(given, shift=expanded.shift.contiguous())
+    assert torch.equal(as_bits(expanded.solve(implementation)), as_bits(repeated.solve(implementation)))
 
 
 @pytest.mark.parametrize("dim", [64, 20])
@@ -245,9 +258,10 @@ def test_nothing_to_move_is_no_error(implementation: Implementation, sizes: tupl
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
 def test_eight_bit_entries_saturate(implementation: Implementation, dtype: torch.dtype) -> None:
     given = problem((13, 3, 64, 64), dtype, is_neox=True, turns_keys=False)
-    given.shift.copy_(given.shift.sign() * 1e6)
-    found, largest = given.solve(implementation)[1].float(), torch.finfo(dtype).max
-    assert torch.equal(found, given.shift[1].sign().expand_as(found) * largest)
+    largest = torch.finfo(dtype).max
+    given.shift.copy_(given.shift.float().sign() * largest)
+    found = given.solve(implementation, given.shift)[1]
+    assert torch.equal(as_bits(found), as_bits(given.shift[1]))
 
 
 def test_the_operation_passes_the_checks_of_torch(implementation: Implementation) -> None:
@@ -255,7 +269,7 @@ def test_the_operation_passes_the_checks_of_torch(implementation: Implementation
         return
     sizes, device = Sizes(), implementation.device
     entry = random_values(sizes.entry_shape[1:], torch.bfloat16).to(device)
-    shift = torch.ones(2, sizes.heads, sizes.dim, device=device)
+    shift = torch.ones_like(entry)
     places = torch.zeros(sizes.tokens, 2, sizes.dim // 2, device=device)
     turns = torch.zeros(2, sizes.dim // 2, device=device)
     for given in (turns, None):

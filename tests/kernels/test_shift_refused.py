@@ -29,11 +29,13 @@ WRONG: dict[str, tuple[str, Change]] = {
     "out of fewer tokens": ("out", lambda t: t[:, 1:]),
     "out of fewer dimensions": ("out", lambda t: t[0]),
     "out with gaps in its rows": ("out", with_gaps),
-    "shift of bfloat16": ("shift", lambda t: t.bfloat16()),
+    "shift of another type": ("shift", lambda t: t.float()),
     "shift of keys alone": ("shift", lambda t: t[:1]),
-    "shift of too many heads": ("shift", lambda t: t.repeat(1, 2, 1)),
-    "shift of too few dimensions": ("shift", lambda t: t[..., 1:].contiguous()),
-    "shift with gaps": ("shift", with_gaps),
+    "shift of fewer tokens": ("shift", lambda t: t[:, 1:]),
+    "shift of one change for all tokens, not expanded": ("shift", lambda t: t[:, 0]),
+    "shift of too many heads": ("shift", lambda t: t.repeat(1, 1, 2, 1)),
+    "shift of too few dimensions": ("shift", lambda t: t[..., 1:]),
+    "shift with gaps in its rows": ("shift", with_gaps),
     "places of float64": ("places", lambda t: t.double()),
     "places of too few tokens": ("places", lambda t: t[1:]),
     "places without sines": ("places", lambda t: t[:, :1].contiguous()),
@@ -51,7 +53,7 @@ def valid_call(device: torch.device) -> dict[str, torch.Tensor]:
     return {
         "entry": random_bits((2, TOKENS, HEADS, DIM), torch.bfloat16).to(device),
         "out": random_bits((2, TOKENS, HEADS, DIM), torch.bfloat16, seed=1).to(device),
-        "shift": torch.ones(2, HEADS, DIM, device=device),
+        "shift": torch.ones(2, TOKENS, HEADS, DIM, dtype=torch.bfloat16, device=device),
         "places": torch.ones(TOKENS, 2, HALF, device=device),
         "turns": torch.ones(2, HALF, device=device),
     }
@@ -89,7 +91,7 @@ def test_an_argument_on_another_device_is_named(implementation: Implementation, 
 
 def test_the_message_says_what_was_expected_and_what_was_found(implementation: Implementation) -> None:
     call: dict[str, Any] = valid_call(implementation.device)
-    with pytest.raises(RuntimeError, match=r"^shift: expected shape \[2, 3, 20\], found \[1, 3, 20\]$"):
+    with pytest.raises(RuntimeError, match=r"^shift: expected shape \[2, 5, 3, 20\], found \[1, 5, 3, 20\]$"):
         implementation.shift_rows(**{**call, "shift": call["shift"][:1]})
     with pytest.raises(RuntimeError, match=r"^places: expected at most dim / 2 = 10 angles, found 16$"):
         implementation.shift_rows(**{**call, "places": call["places"].repeat(1, 1, 2)})

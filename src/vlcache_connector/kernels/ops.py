@@ -113,20 +113,21 @@ def shift_rows(
     is_neox: bool = True,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Staged keys and values of one layer, turned and with a change added that is the same for all tokens.
+    """Staged keys and values of one layer, turned and with a change added to each.
 
     A key changes as it was before rotary positions turned it: K' = R(turns) K + R(place) shift. Everything is added in
     fp32 and rounded once.
 
     Args:
         entry: [2, tokens, heads, dim], last dimension contiguous.
-        shift: [2, heads, dim] fp32, contiguous, of keys before rotation and of values. An entry of 8-bit floats holds
-            scaled values, and its shift is scaled likewise.
+        shift: [2, tokens, heads, dim] in the type of `entry`, last dimension contiguous: of keys before rotation and of
+            values. One change for all tokens may be expanded. An entry of 8-bit floats holds scaled values, and its
+            shift is scaled likewise.
         places: [tokens, 2, rotary_dim / 2] fp32, contiguous, cosines and sines of the angles of each token's new
             position.
         turns, is_neox: as in `load_rows`.
-        out: where to write, last dimension contiguous: may be `entry`, and shares no memory with it otherwise; a new
-            tensor by default.
+        out: where to write, last dimension contiguous: may be `entry`, and shares no memory with it otherwise, nor
+            with `shift`; a new tensor by default.
 
     Returns:
         [2, tokens, heads, dim] in the type of `entry`, to be loaded without turning it again.

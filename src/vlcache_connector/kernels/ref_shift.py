@@ -15,10 +15,9 @@ def shift_rows(
 ) -> None:
     """See `ops.shift_rows`."""
     _require(out, entry, shift, places, turns)
-    keys, values = entry[0].float(), entry[1].float() + shift[1]
+    keys, values = entry[0].float(), entry[1].float() + shift[1].float()
     half = places.shape[2]
-    moved, cos, sin = shift[0].expand_as(keys), places[:, None, 0], places[:, None, 1]
-    turned = _rotated(moved, cos, sin, half, is_neox)
+    turned = _rotated(shift[0].float(), places[:, None, 0], places[:, None, 1], half, is_neox)
     if turns is not None:
         keys = _rotated(keys, turns[0], turns[1], half, is_neox)
     out[0] = pages.rounded(keys + turned, out.dtype)
@@ -40,15 +39,14 @@ def _require(
     pages.require_float("entry", entry)
     pages.require_shape("entry", entry, [2, -1, -1, -1])
     pages.require_dense_rows("entry", entry)
-    _, tokens, heads, dim = entry.shape
-    pages.require_shape("out", out, list(entry.shape))
-    same = out.dtype == entry.dtype
-    pages.require(same, f"out: expected {pages.type_name(entry.dtype)}, found {pages.type_name(out.dtype)}")
-    pages.require_device("out", out, entry)
-    pages.require_dense_rows("out", out)
-    pages.require_vector("shift", shift, torch.float32, [2, heads, dim], entry)
-    pages.require_vector("places", places, torch.float32, [tokens, 2, -1], entry)
-    angles, most = places.shape[2], dim // 2
+    for name, rows in (("out", out), ("shift", shift)):
+        same = rows.dtype == entry.dtype
+        pages.require(same, f"{name}: expected {pages.type_name(entry.dtype)}, found {pages.type_name(rows.dtype)}")
+        pages.require_shape(name, rows, list(entry.shape))
+        pages.require_device(name, rows, entry)
+        pages.require_dense_rows(name, rows)
+    pages.require_vector("places", places, torch.float32, [entry.shape[1], 2, -1], entry)
+    angles, most = places.shape[2], entry.shape[3] // 2
     pages.require(angles <= most, f"places: expected at most dim / 2 = {most} angles, found {angles}")
     if turns is not None:
         pages.require_vector("turns", turns, torch.float32, [2, angles], entry)
