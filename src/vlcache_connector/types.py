@@ -85,7 +85,7 @@ class ReusePlan:
     """Which tokens of the covered range [start, end) are reused and which are recomputed; the rest is the engine's.
 
     `recomputed` holds every token of the range that is not reused, in order: text, separators, and chosen span tokens.
-    With `shifts`, reused tokens move by the mean change of the recomputed ones of their span.
+    With `shifts`, reused tokens follow the change of the recomputed ones of their span (`exec.shift`).
     """
 
     start: int
@@ -106,6 +106,14 @@ class ReusePlan:
     def first_reused(self) -> int | None:
         """Position of the first token whose KV is approximate; None when the plan reuses nothing."""
         return min((run.start for part in self.spans for run in part.reused), default=None)
+
+
+MAX_ORDERED = 128
+
+
+def num_ordered(length: int) -> int:
+    """How many tokens of a span an entry puts in order of how well they stand for all of it."""
+    return min(length, MAX_ORDERED)
 
 
 @dataclass(frozen=True, slots=True)

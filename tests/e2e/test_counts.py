@@ -1,11 +1,8 @@
 """What a hit costs, in things that can be counted: passes, operations, bytes. No busy machine disturbs these tests."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from e2e import inside
-from e2e.conftest import Start, emptied, watched
 from e2e.engine import Ask, Engine
 from e2e.test_reuse import CLOSE, LONG, OPEN, A, B, show_pictures
 
@@ -15,17 +12,6 @@ LOADS = {
     "leading": [("exec.transfer", "load_rows")],
     "shifted": [("exec.shift", "load_rows"), ("exec.shift", "shift_rows")],
 }
-
-
-@pytest.fixture(scope="module")
-def roomy(start_here: Start) -> Engine:
-    """A pass may have as many rows as vLLM allows by default."""
-    return watched(start_here("roomy", "qwen3_vl", "float32", {}, max_num_seqs=128))
-
-
-@pytest.fixture
-def fresh(roomy: Engine) -> Iterator[Engine]:
-    yield from emptied(roomy)
 
 
 def calls_of(engine: Engine, ask: Ask, owner: str, name: str) -> int:

@@ -14,7 +14,7 @@ from vlcache_connector.engine.fingerprint import are_weights_known, embedding_fa
 from vlcache_connector.engine.support import engine_reason, feature_reason
 from vlcache_connector.errors import UnsupportedEngineError
 from vlcache_connector.store.slab import EntryLayout
-from vlcache_connector.types import Reason
+from vlcache_connector.types import MAX_ORDERED, Reason
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,15 @@ def test_the_fingerprint_changes_with_weights_processor_and_layout(config: Any, 
     weights.write_bytes(bytes(1 << 19) + b"\x01" + bytes((1 << 19) - 1))
     assert weights_fingerprint(tmp_path) != empty
     assert weights_fingerprint(tmp_path / "not there") == weights_fingerprint(tmp_path / "nor there")
+
+
+def test_the_fingerprint_changes_with_how_much_an_entry_says_of_its_content(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = EntryLayout(4, 2, 64, torch.bfloat16, 256, torch.bfloat16)
+    before = kv_facts(config, layout)
+    monkeypatch.setattr("vlcache_connector.engine.fingerprint.MAX_ORDERED", MAX_ORDERED + 1)
+    assert kv_facts(config, layout) != before
 
 
 def test_weights_of_a_hub_name_are_known_by_the_commit_only(config: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vlcache_connector.exec.batch import PassLimits, Row, VirtualBatch, build_batch, split_passes
+from vlcache_connector.exec.batch import PassLimits, Row, VirtualBatch, build_batch, positions_of, split_passes
 from vlcache_connector.types import Run
 
 CPU = torch.device("cpu")
@@ -91,6 +91,7 @@ def test_tensors_of_a_pass_are_what_a_loop_over_its_tokens_gives(seed: int) -> N
 
     width = max(len(ids) for ids in blocks)
     assert batch.rows == tuple(rows)
+    assert [*zip(batch.requests.tolist(), batch.positions.tolist(), strict=True)] == tokens_of(rows)
     assert batch.slots.tolist() == [
         blocks[r][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for r, p in tokens_of(rows)
     ]
@@ -107,6 +108,24 @@ def test_tensors_of_a_pass_are_what_a_loop_over_its_tokens_gives(seed: int) -> N
     assert batch.max_seq_len == max(row.run.end for row in rows)
     dtypes = (batch.slots.dtype, batch.block_table.dtype, batch.seq_lens.dtype, batch.query_start_loc.dtype)
     assert dtypes == (torch.int64, torch.int32, torch.int32, torch.int32)
+    assert (batch.requests.dtype, batch.positions.dtype) == (torch.int64, torch.int64)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_positions_of_runs_are_what_a_loop_over_them_gives(seed: int) -> None:
+    """In the order of the runs, empty ones among them."""
+    rng = random.Random(seed)
+    starts = [rng.randrange(100) for _ in range(rng.randrange(8))]
+    runs = [Run(start, start + rng.choice([0, 0, 1, 2, 9])) for start in starts]
+    found = positions_of(runs)
+    assert found.tolist() == [position for run in runs for position in range(run.start, run.end)]
+    assert found.dtype == torch.int64
+
+
+@pytest.mark.parametrize("runs", [[], [Run(5, 5)], [Run(0, 0), Run(9, 9)]])
+def test_no_runs_have_no_positions(runs: list[Run]) -> None:
+    found = positions_of(runs)
+    assert (found.shape, found.dtype) == ((0,), torch.int64)
 
 
 def test_slots_of_large_caches_do_not_overflow() -> None:

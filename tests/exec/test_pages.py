@@ -273,6 +273,20 @@ def test_slots_are_block_times_size_plus_offset() -> None:
     assert slots.dtype == torch.int64
 
 
+@pytest.mark.parametrize("runs", [[], [Run(4, 4)], [Run(7, 7), Run(12, 12)]])
+def test_without_runs_no_token_has_a_slot(runs: list[Run]) -> None:
+    slots = LAYOUTS["halves"].pages(cache_of(LAYOUTS["halves"])).slots(BLOCK_IDS, runs, 4, 9)
+    assert slots.tolist() == [-1] * 9 and slots.dtype == torch.int64
+
+
+def test_slots_do_not_depend_on_the_order_of_runs_and_empty_ones_give_none() -> None:
+    pages = LAYOUTS["halves"].pages(cache_of(LAYOUTS["halves"]))
+    runs = [Run(9, 12), Run(6, 6), Run(3, 5), Run(15, 15)]
+    expected = pages.slots(BLOCK_IDS, [Run(3, 5), Run(9, 12)], 3, 10)
+    assert torch.equal(pages.slots(BLOCK_IDS, runs, 3, 10), expected)
+    assert (expected >= 0).nonzero().flatten().tolist() == [0, 1, 6, 7, 8]
+
+
 # -- what is learnt of a layout ---------------------------------------------------------------------------------------
 
 

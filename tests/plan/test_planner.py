@@ -1,9 +1,10 @@
 """The planner against a naive labelling of every token of random prompts, and the promises of its plans one by one."""
 
+import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -25,32 +26,34 @@ class EveryThird:
 
     shifts = False
 
-    def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:
+    def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
         return tuple(Run(offset, offset + 1) for offset in range(1, length, 3))
 
 
-def is_sample(offset: int, length: int, ratio: Fraction) -> bool:
-    """Whether `shifted` takes a token: the parts give one each in turn, larger parts first, then scattered ones."""
-    parts = min(8, length)
-    starts = [i * length // parts for i in range(parts + 1)]
-    turn = [0, 4, 2, 6, 1, 5, 3, 7]
-    in_order = sorted(
-        (token - starts[i], starts[i] - starts[i + 1], turn[i], token)
-        for i in range(parts)
-        for token in range(starts[i], starts[i + 1])
-    )
-    count = max(parts, math.ceil(ratio * length)) if ratio > 0 else 0
-    return offset in {token for *_, token in in_order[:count]}
+def is_sample(offset: int, length: int, ratio: Fraction, order: Sequence[int]) -> bool:
+    """Whether `shifted` takes a token: those of the order, then the first of each half, quarter, eighth and so on."""
+    parts = (Fraction(2 * i + 1, 2**level) for level in itertools.count(1) for i in reversed_order(level - 1))
+    candidates = itertools.chain(order, [0], (math.floor(part * length) for part in parts))
+    count = min(length, max(12, math.ceil(ratio * length))) if ratio > 0 else 0
+    taken: set[int] = set()
+    while len(taken) < count:
+        taken.add(next(candidates))
+    return offset in taken
+
+
+def reversed_order(level: int) -> list[int]:
+    """0 to 2^level - 1 so that each next one is in the middle of the widest gap: 0, then 0 1, then 0 2 1 3."""
+    return [0] if level == 0 else [2 * i + last for last in (0, 1) for i in reversed_order(level - 1)]
 
 
 ALL_POLICIES: dict[str, Policy] = {**POLICIES, "every_third": EveryThird()}
 # policy -> whether it recomputes token number `offset` of a span of `length` tokens, in exact arithmetic
-IS_CHOSEN: dict[str, Callable[[int, int, Fraction], bool]] = {
-    "full": lambda offset, length, ratio: True,
-    "leading": lambda offset, length, ratio: offset * ratio.denominator < ratio.numerator * length,
-    "none": lambda offset, length, ratio: False,
+IS_CHOSEN: dict[str, Callable[[int, int, Fraction, Sequence[int]], bool]] = {
+    "full": lambda offset, length, ratio, order: True,
+    "leading": lambda offset, length, ratio, order: offset * ratio.denominator < ratio.numerator * length,
+    "none": lambda offset, length, ratio, order: False,
     "shifted": is_sample,
-    "every_third": lambda offset, length, ratio: offset % 3 == 1,
+    "every_third": lambda offset, length, ratio, order: offset % 3 == 1,
 }
 
 
@@ -63,12 +66,12 @@ class Case:
     policy: str
     ratio: str  # decimal text: its exact value is known
     min_reuse_tokens: int
+    orders: tuple[Sequence[int], ...] | None
 
     def plan(self) -> ReusePlan | Reason:
         policy, ratio = ALL_POLICIES[self.policy], float(self.ratio)
-        return plan_reuse(
-            self.spans, self.available, self.num_tokens, self.num_local, policy, ratio, self.min_reuse_tokens
-        )
+        where = self.spans, self.available, self.num_tokens, self.num_local
+        return plan_reuse(*where, policy, ratio, self.min_reuse_tokens, orders=self.orders)
 
 
 def span(offset: int, length: int, name: str = "a") -> Span:
@@ -97,7 +100,13 @@ def random_cases(seed: int) -> Iterator[Case]:
             rng.choice(sorted(ALL_POLICIES)),
             rng.choice(["0", "0.001", "0.05", "0.07", "0.25", "0.5", "0.875", "1"]),
             rng.choice([1, 1, 2, 8, 64]),
+            rng.choice([None, *[tuple(random_order(rng, s.length) for s in spans)] * 3]),
         )
+
+
+def random_order(rng: random.Random, length: int) -> list[int]:
+    """All tokens of a span, a few of them, or none."""
+    return rng.sample(range(length), rng.choice([length, min(length, rng.randrange(9)), 0]))
 
 
 def label_naively(case: Case) -> list[str] | Reason:
@@ -116,7 +125,8 @@ def label_naively(case: Case) -> list[str] | Reason:
         if not case.available[owner[token]]:
             is_blocked = True
             break
-        is_chosen = IS_CHOSEN[case.policy](token - item.offset, item.length, Fraction(case.ratio))
+        order = case.orders[owner[token]] if case.orders is not None else ()
+        is_chosen = IS_CHOSEN[case.policy](token - item.offset, item.length, Fraction(case.ratio), order)
         labels.append(RECOMPUTED if is_chosen else REUSED)
         covered += 1
         length = len(labels)
@@ -179,9 +189,13 @@ def test_random_prompts_reach_every_shape_and_every_answer() -> None:
             ok for s, ok in zip(case.spans, case.available, strict=True) if s.offset > last.offset
         )
         seen["nothing reused"] += answer.first_reused is None
+        told = [len(order) for s, order in zip(case.spans, case.orders or (), strict=False) if s.length > 8]
+        samples = case.policy == "shifted" and case.ratio not in ("0", "1")
+        seen["order followed"] += samples and any(length >= 8 for length in told)
+        seen["order too short"] += samples and any(0 < length < 8 for length in told)
     answers = ["plan", Reason.NO_MEDIA, Reason.MISS, Reason.BEHIND_NEW_IMAGE, Reason.IN_PREFIX_CACHE]
     shapes = [name for name in seen if " " in name]
-    assert len(shapes) == 9
+    assert len(shapes) == 11
     assert all(seen[name] >= 20 for name in [*answers, Reason.TOO_FEW_TOKENS, *shapes]), seen
 
 
@@ -311,6 +325,23 @@ def test_a_full_recompute_reuses_nothing_and_still_covers_the_spans() -> None:
     assert isinstance(plan, ReusePlan)
     assert plan.recomputed == (Run(0, 105),)
     assert (plan.num_reused, plan.first_reused) == (0, None)
+
+
+def test_each_span_follows_its_own_order() -> None:
+    spans = [span(5, 100, "a"), span(105, 20, "b"), span(130, 20, "a")]
+    orders = [[99, 3, 50, 51, 52, 10, 80, 0, 60, 61, 62, 63, 1], range(12), [*range(19, 5, -1)]]
+    plan = plan_reuse(spans, [True] * 3, 200, 0, POLICIES["shifted"], 0.01, 1, orders=orders)
+    assert isinstance(plan, ReusePlan)
+    first, second, third = (part.recomputed for part in plan.spans)
+    assert first == (Run(5, 6), Run(8, 9), Run(15, 16), Run(55, 58), Run(65, 69), Run(85, 86), Run(104, 105))
+    assert second == (Run(105, 117),) and third == (Run(138, 150),)
+
+
+def test_samples_before_the_range_and_at_its_end_are_left_out() -> None:
+    order = [0, 1, 2, 3, 4, 5, 6, 30, 31, 96, 98, 99]
+    plan = plan_reuse([span(5, 100)], [True], 105, 36, POLICIES["shifted"], 0.01, 1, orders=[order])
+    assert isinstance(plan, ReusePlan)
+    assert plan.spans[0].recomputed == (Run(36, 37), Run(101, 102), Run(103, 104)) and plan.end == 104
 
 
 @pytest.mark.parametrize("limit", [1, 8, 9, 40, 99, 100, 1000])

@@ -15,27 +15,40 @@ from vlcache_connector.types import Run
 class Last:
     name = "last"
     shifts = False
-    def recompute(self, length, ratio):
+    def recompute(self, length, ratio, order=()):
         count = round(ratio * length)
         return (Run(length - count, length),) if count else ()
 
 class Beyond(Last):
-    def recompute(self, length, ratio):
+    def recompute(self, length, ratio, order=()):
         return (Run(0, length + 1),)
 
 class Unsorted(Last):
-    def recompute(self, length, ratio):
+    def recompute(self, length, ratio, order=()):
         return (Run(1, 2), Run(0, 1)) if length > 1 else ()
 
 class Empty(Last):
-    def recompute(self, length, ratio):
+    def recompute(self, length, ratio, order=()):
         return (Run(0, 0),)
 
 class Nameless(Last):
     name = None
 
-class Raising(Last):
+class Content(Last):
+    def recompute(self, length, ratio, order=()):
+        tokens = sorted(order[: round(ratio * length)])
+        return tuple(Run(token, token + 1) for token in tokens)
+
+class BeyondWithContent(Last):
+    def recompute(self, length, ratio, order=()):
+        return (Run(0, length + len(order)),)
+
+class WithoutContent(Last):
     def recompute(self, length, ratio):
+        return ()
+
+class Raising(Last):
+    def recompute(self, length, ratio, order=()):
         raise ZeroDivisionError("no")
 """
 
@@ -53,6 +66,12 @@ def test_a_policy_of_the_user_is_loaded_by_its_path() -> None:
     assert policy.recompute(100, 0.05) == (Run(95, 100),)
 
 
+def test_a_policy_of_the_user_is_told_of_the_content() -> None:
+    policy = policy_of("policies_of_a_user:Content")
+    assert policy.recompute(100, 0.02, [70, 30, 50]) == (Run(30, 31), Run(70, 71))
+    assert policy.recompute(100, 0.02) == ()
+
+
 def test_names_of_the_table_are_not_looked_for_elsewhere() -> None:
     assert all(policy_of(name) is policy for name, policy in POLICIES.items())
 
@@ -67,6 +86,8 @@ def test_names_of_the_table_are_not_looked_for_elsewhere() -> None:
         ("policies_of_a_user:Beyond", "recompute(1, 0.0) gives (Run(start=0, end=2),)"),
         ("policies_of_a_user:Unsorted", "not sorted"),
         ("policies_of_a_user:Empty", "non-empty"),
+        ("policies_of_a_user:BeyondWithContent", "recompute(1, 0.0) gives (Run(start=0, end=2),)"),
+        ("policies_of_a_user:WithoutContent", "takes 3 positional arguments but 4 were given"),
         ("policies_of_a_user:Nameless", "name is not a string"),
         ("policies_of_a_user:Raising", "ZeroDivisionError: no"),
     ],

@@ -64,7 +64,7 @@ class Replay:
         self._blocks = tuple(range(1, num_blocks))
         self._stack = _Listening(worker._stack)
         contexts = AttentionContexts(config, spec, worker._layer_names, self._pages)
-        limits = PassLimits(config.scheduler_config.max_num_batched_tokens, config.scheduler_config.max_num_seqs)
+        limits = PassLimits(config.scheduler_config.max_num_batched_tokens, contexts.max_rows)
         self._pass = Recompute(self._stack, contexts, spec.block_size, limits, self._pages.device)
 
     def rows(self, job: Job, max_run: int | None = None) -> torch.Tensor:

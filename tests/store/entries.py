@@ -9,7 +9,7 @@ from math import prod
 
 from vlcache_connector.store.base import EntryMeta, Part, Tier
 from vlcache_connector.store.disk.format import DTYPE_NBYTES
-from vlcache_connector.types import EntryClass
+from vlcache_connector.types import EntryClass, num_ordered
 
 Ranks = list[list[Part]]
 
@@ -30,7 +30,8 @@ def shapes_of(meta: EntryMeta) -> list[tuple[str, str, tuple[int, ...]]]:
     tokens = meta.num_tokens
     if meta.entry_class.kind == "embedding":
         return [("embedding", "F32", (tokens, 6))]
-    return [*((f"layer.{i}", "BF16", (2, tokens, 2, 4)) for i in range(NUM_LAYERS)), ("positions", "I32", (3, tokens))]
+    layers = ((f"layer.{i}", "BF16", (2, tokens, 2, 4)) for i in range(NUM_LAYERS))
+    return [*layers, ("positions", "I32", (3, tokens)), ("order", "I32", (num_ordered(tokens),))]
 
 
 def blank(meta: EntryMeta, world_size: int = 1) -> Ranks:

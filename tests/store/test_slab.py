@@ -10,10 +10,10 @@ import torch
 
 from vlcache_connector.store.extents import ALIGNMENT, ExtentAllocator
 from vlcache_connector.store.slab import POSITION_CHANNELS, EntryLayout, Slab, SlabBytes
-from vlcache_connector.types import Extent
+from vlcache_connector.types import MAX_ORDERED, Extent, num_ordered
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-NUM_TOKENS = [1, 3, 16, 41]
+NUM_TOKENS = [1, 3, 16, 41, MAX_ORDERED + 5]
 GUARD = 0xA5
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,6 +69,8 @@ def test_shapes_and_dtypes_are_the_layouts(dtype: torch.dtype, num_tokens: int) 
     embedding = slab.embedding(extent, num_tokens)
     assert (kv.shape, kv.dtype) == ((3, 2, num_tokens, 2, 5), dtype)
     assert (positions.shape, positions.dtype) == ((POSITION_CHANNELS, num_tokens), torch.int32)
+    order = slab.order(extent, num_tokens)
+    assert (order.shape, order.dtype) == ((min(num_tokens, MAX_ORDERED),), torch.int32)
     assert (embedding.shape, embedding.dtype) == ((num_tokens, 7), dtype)
 
 
@@ -77,11 +79,13 @@ def test_shapes_and_dtypes_are_the_layouts(dtype: torch.dtype, num_tokens: int) 
 def test_views_of_one_entry_lie_apart_within_its_extent(dtype: torch.dtype, num_tokens: int) -> None:
     slab, _, extent = slab_with_two(dtype, num_tokens)
     kv, positions = byte_range(slab.kv(extent, num_tokens)), byte_range(slab.positions(extent, num_tokens))
+    order = byte_range(slab.order(extent, num_tokens))
     assert extent.offset == kv[0]
     assert kv[1] <= positions[0]
-    assert positions[1] <= extent.offset + extent.nbytes
+    assert positions[1] == order[0], "order lies right behind positions"
+    assert order[1] <= extent.offset + extent.nbytes
     assert kv[1] - kv[0] == slab.layout.kv_payload_nbytes(num_tokens)
-    assert positions[1] - extent.offset == slab.layout.kv_nbytes(num_tokens)
+    assert order[1] - extent.offset == slab.layout.kv_nbytes(num_tokens)
 
 
 @every_dtype
@@ -99,6 +103,7 @@ def test_every_view_is_aligned_for_its_elements(dtype: torch.dtype, num_tokens: 
     slab, _, extent = slab_with_two(dtype, num_tokens)
     assert byte_range(slab.kv(extent, num_tokens))[0] % ALIGNMENT == 0
     assert byte_range(slab.positions(extent, num_tokens))[0] % 64 == 0, "positions start on a cache line"
+    assert byte_range(slab.order(extent, num_tokens))[0] % torch.int32.itemsize == 0
 
 
 @every_dtype
@@ -116,12 +121,15 @@ def test_what_is_written_is_read_back_bit_for_bit(dtype: torch.dtype, num_tokens
     for seed, extent in enumerate((first, second)):
         kv = random_bits(slab.kv(extent, num_tokens).shape, dtype, seed)
         positions = random_bits(slab.positions(extent, num_tokens).shape, torch.int32, seed + 10)
+        order = random_bits(slab.order(extent, num_tokens).shape, torch.int32, seed + 20)
         slab.kv(extent, num_tokens).copy_(kv)
         slab.positions(extent, num_tokens).copy_(positions)
-        wanted[extent] = kv, positions
-    for extent, (kv, positions) in wanted.items():
+        slab.order(extent, num_tokens).copy_(order)
+        wanted[extent] = kv, positions, order
+    for extent, (kv, positions, order) in wanted.items():
         assert same_bits(slab.kv(extent, num_tokens), kv)
         assert same_bits(slab.positions(extent, num_tokens), positions)
+        assert same_bits(slab.order(extent, num_tokens), order)
 
 
 @every_dtype
@@ -135,7 +143,7 @@ def test_an_embedding_is_read_back_bit_for_bit(dtype: torch.dtype, num_tokens: i
 
 @every_dtype
 @every_length
-@pytest.mark.parametrize("part", ["kv", "positions", "embedding"])
+@pytest.mark.parametrize("part", ["kv", "positions", "order", "embedding"])
 def test_writing_a_view_changes_its_own_bytes_and_no_others(dtype: torch.dtype, num_tokens: int, part: str) -> None:
     slab, extent, _ = slab_with_two(dtype, num_tokens)
     view: torch.Tensor = getattr(slab, part)(extent, num_tokens)
@@ -155,9 +163,13 @@ def test_a_view_never_reaches_beyond_its_extent() -> None:
     slab = Slab(1 << 16, layout)
     small = Extent(0, layout.embedding_nbytes(4))
     assert slab.embedding(small, 4).shape == (4, 24)
-    for view, num_tokens in ((slab.embedding, 5), (slab.kv, 1000), (slab.positions, 1000)):
+    for view, num_tokens in ((slab.embedding, 5), (slab.kv, 1000), (slab.positions, 1000), (slab.order, 1000)):
         with pytest.raises(ValueError, match="do not fit"):
             view(small, num_tokens)
+    exact, short = Extent(0, layout.kv_nbytes(4)), Extent(0, layout.kv_nbytes(4) - 1)
+    assert slab.order(exact, 4).shape == (4,) and slab.positions(short, 4).shape == (3, 4)
+    with pytest.raises(ValueError, match="do not fit"):
+        slab.order(short, 4)
     with pytest.raises(ValueError, match="do not fit"):
         slab.embedding(Extent((1 << 16) - 10, 1 << 12), 4)
 
@@ -180,14 +192,15 @@ for part in slab.parts(Extent(0, 1 << 16), "kv", 3):
 @every_length
 def test_parts_are_the_bytes_of_the_views_in_their_order(dtype: torch.dtype, num_tokens: int) -> None:
     layout = layout_of(dtype)
-    slab = Slab(1 << 16, layout, "vlcache-test-parts")
+    slab = Slab(1 << 17, layout, "vlcache-test-parts")
     shared = SlabBytes.find(layout, "vlcache-test-parts", ["self"])
-    extent = Extent(256, 1 << 15)
-    views = [*slab.kv(extent, num_tokens), slab.positions(extent, num_tokens)]
+    extent = Extent(256, 1 << 16)
+    views = [*slab.kv(extent, num_tokens), slab.positions(extent, num_tokens), slab.order(extent, num_tokens)]
     for number, view in enumerate(views):
         raw_view(view).copy_(random_bits(view.shape, view.dtype, number).view(torch.uint8).flatten())
     parts = shared.parts(extent, "kv", num_tokens)
-    assert [part.name for part in parts] == ["layer.0", "layer.1", "layer.2", "positions"]
+    assert [part.name for part in parts] == ["layer.0", "layer.1", "layer.2", "positions", "order"]
+    assert [part.dtype for part in parts[3:]] == ["I32", "I32"]
     for part, view in zip(parts, views, strict=True):
         assert part.shape == tuple(view.shape)
         assert bytes(part.buffer) == bytes(raw_view(view).tolist())
@@ -195,6 +208,31 @@ def test_parts_are_the_bytes_of_the_views_in_their_order(dtype: torch.dtype, num
     (embedding,) = shared.parts(extent, "embedding", num_tokens)
     assert (embedding.name, embedding.shape) == ("embedding", tuple(rows.shape))
     assert bytes(embedding.buffer) == bytes(raw_view(rows).tolist())
+
+
+@every_length
+def test_the_order_is_read_as_numbers_where_entries_are_read_as_bytes(num_tokens: int) -> None:
+    layout = layout_of(torch.bfloat16)
+    slab = Slab(1 << 17, layout, "vlcache-test-order")
+    shared = SlabBytes.find(layout, "vlcache-test-order", ["self"])
+    extents = [Extent(start, layout.kv_nbytes(num_tokens)) for start in (0, 1 << 16)]
+    wanted = [torch.randperm(num_tokens, dtype=torch.int32)[:MAX_ORDERED] for _ in extents]
+    for extent, order in zip(extents, wanted, strict=True):
+        slab.order(extent, num_tokens).copy_(order)
+    for extent, order in zip(extents, wanted, strict=True):
+        assert list(shared.order(extent, num_tokens)) == order.tolist()
+        assert list(shared.order(extent, num_tokens)[:3]) == order[:3].tolist()
+    with pytest.raises(ValueError, match="do not fit"):
+        shared.order(Extent(0, layout.kv_nbytes(num_tokens) - 1), num_tokens)
+    with pytest.raises(ValueError, match="do not fit"):
+        shared.order(Extent((1 << 17) - 64, 1 << 16), num_tokens)
+
+
+def test_an_entry_holds_the_order_of_so_many_tokens_at_most() -> None:
+    layout = layout_of(torch.bfloat16)
+    lengths = [1, MAX_ORDERED - 1, MAX_ORDERED, MAX_ORDERED + 1, 16384]
+    assert [num_ordered(length) for length in lengths] == [1, 127, 128, 128, 128]
+    assert [layout.kv_nbytes(n) - layout.order_start(n) for n in lengths] == [4, 508, 512, 512, 512]
 
 
 def raw_view(view: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ attention of our own in place of the engine's.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,10 @@ from vlcache_connector.exec.recompute import FreshKV
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
+
+_MIN_ROWS = 1024
+"""Rows that passes may have, also in an engine that batches few requests: single tokens are a row each, and those of a
+span should share a pass (`exec.shift`)."""
 
 
 class AttentionContexts:
@@ -39,8 +44,10 @@ class AttentionContexts:
         self._device = pages.device
         layers = vllm_config.compilation_config.static_forward_context
         self._layers: list[Any] = [layers[name] for name in self._layer_names]
+        self.max_rows = max(vllm_config.scheduler_config.max_num_seqs, _MIN_ROWS)
         builder_class = self._layers[0].get_attn_backend().get_builder_cls()
-        self._builder = builder_class(spec, list(self._layer_names), vllm_config, pages.device)
+        sized = _with_rows(vllm_config, self.max_rows)
+        self._builder = builder_class(spec, list(self._layer_names), sized, pages.device)
         self._replacement: PassAttention | None = None
         if attention != "engine":
             _require_plain_attention(self._layers[0], attention)
@@ -130,6 +137,13 @@ class _PassImpl:
         scale = self._engine.scale
         self._attend(query[:num_tokens], kv_cache, self._batch, scale, soft_cap, output[:num_tokens])
         return output
+
+
+def _with_rows(vllm_config: "VllmConfig", max_rows: int) -> "VllmConfig":
+    """A copy by which a backend makes its buffers large enough for passes of so many rows."""
+    sized, scheduler = copy(vllm_config), copy(vllm_config.scheduler_config)
+    scheduler.max_num_seqs, sized.scheduler_config = max_rows, scheduler
+    return sized
 
 
 @contextmanager

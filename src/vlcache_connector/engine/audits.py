@@ -170,7 +170,8 @@ class Audits:
         known = [span.offset < covered.end for span in waiting.spans]
         num_tokens = len(waiting.prompt.token_ids)
         limit = self._session.options.recompute_tokens
-        plan = plan_reuse(waiting.spans, known, num_tokens, covered.start, policy_of(policy), ratio, 1, limit)
+        orders = self._session.orders(waiting.spans)
+        plan = plan_reuse(waiting.spans, known, num_tokens, covered.start, policy_of(policy), ratio, 1, limit, orders)
         return plan if isinstance(plan, ReusePlan) and plan.num_reused > 0 else None
 
     def _entries(self, waiting: _Waiting, plan: ReusePlan) -> list[tuple[HostEntry | None, HostEntry]] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlcache_connector.plan.keys import digest
 from vlcache_connector.store.slab import EntryLayout
+from vlcache_connector.types import MAX_ORDERED
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,6 +24,7 @@ def kv_facts(vllm_config: "VllmConfig", layout: EntryLayout) -> bytes:
     parallel = vllm_config.parallel_config
     facts = {
         "layout": repr(layout),
+        "ordered": MAX_ORDERED,
         "tensor_parallel": parallel.tensor_parallel_size,
         "cache_dtype": str(vllm_config.cache_config.cache_dtype),
     }

@@ -232,6 +232,7 @@ class VLCacheScheduler:
             state.options.recompute_ratio,
             self._options.min_reuse_tokens,
             self._options.recompute_tokens,
+            self._session.orders(state.spans),
         )
         if isinstance(plan, ReusePlan):
             state.unused = plan if self._audits.is_raised else None

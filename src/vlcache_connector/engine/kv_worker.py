@@ -28,6 +28,7 @@ from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.session import WorkerSession
 from vlcache_connector.exec.audit import audit
 from vlcache_connector.exec.batch import PassLimits
+from vlcache_connector.exec.content import order_of
 from vlcache_connector.exec.model import LayerStack
 from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.exec.recompute import Recompute, SequenceInput
@@ -75,12 +76,12 @@ class VLCacheWorker:
         contexts = AttentionContexts(
             self._vllm_config, self._spec, self._layer_names, self._pages, self._session.options.attention
         )
-        limits = self._vllm_config.scheduler_config
+        max_tokens = self._vllm_config.scheduler_config.max_num_batched_tokens
         self._recompute = Recompute(
             self._stack,
             contexts,
             self._spec.block_size,
-            PassLimits(limits.max_num_batched_tokens, limits.max_num_seqs),
+            PassLimits(max_tokens, contexts.max_rows),
             device,
         )
 
@@ -217,7 +218,9 @@ class VLCacheWorker:
         assert self._pages is not None
         slab, counters = self._session.slab, self._session.counters
         slab.positions(job.kv, len(run)).copy_(positions[:, run.start : run.end])
-        counters.add("saved_bytes", save_run(self._pages, slab.kv(job.kv, len(run)), run, block_ids), label="kv")
+        kv = slab.kv(job.kv, len(run))
+        counters.add("saved_bytes", save_run(self._pages, kv, run, block_ids), label="kv")
+        slab.order(job.kv, len(run)).copy_(order_of(kv, self._pages.device))
         counters.add("saved_entries", label="kv")
 
     def _compile(self, job: CompileJob) -> None:

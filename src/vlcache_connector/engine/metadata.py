@@ -44,7 +44,7 @@ class ReusePiece:
     recomputed: tuple[Run, ...]
     is_last: bool
     error: str | None = None  # there is nothing to do: the job failed, or its request is gone
-    shifts: bool = False  # reused tokens move by the mean change of the recomputed ones of their span
+    shifts: bool = False  # reused tokens follow the change of the recomputed ones of their span
 
 
 @dataclass(frozen=True, slots=True)

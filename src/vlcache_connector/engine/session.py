@@ -7,7 +7,7 @@ in turn.
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
@@ -34,7 +34,7 @@ from vlcache_connector.store.host_bytes import HostBytes
 from vlcache_connector.store.slab import EntryLayout, Slab
 from vlcache_connector.store.tiered import LowerTiers
 from vlcache_connector.store.trace import Trace
-from vlcache_connector.types import EntryClass, Reason
+from vlcache_connector.types import EntryClass, Reason, Span
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -162,6 +162,13 @@ class SchedulerSession:
             return entry.num_tokens == num_tokens
         lower = self.lower
         return lower is not None and (lower.fetching(key) is not None or lower.find(key, num_tokens) is not None)
+
+    def orders(self, spans: Sequence[Span]) -> list[Sequence[int]]:
+        """Of each span the tokens that stand for all of it; empty where no entry of this process's memory tells."""
+        if self.host_bytes is None:
+            return [()] * len(spans)
+        entries = [self.index.get(span.kv_key) for span in spans]
+        return [() if entry is None else self.host_bytes.order(entry) for entry in entries]
 
     def looked_up(self, key: bytes, nbytes: int, num_tokens: int, entry_class: EntryClass, is_hit: bool) -> None:
         """A request has asked for an entry, for the first time. Only the trace wants to know."""

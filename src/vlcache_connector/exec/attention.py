@@ -134,9 +134,7 @@ def _places(batch: VirtualBatch, device: torch.device) -> tuple[torch.Tensor, to
     first_row: dict[int, int] = {}
     for i, row in enumerate(batch.rows):
         first_row.setdefault(row.request, i)
-    number = {request: i for i, request in enumerate(first_row)}
-    lengths = torch.tensor([len(row.run) for row in batch.rows])
-    of_row = torch.tensor([number[row.request] for row in batch.rows], dtype=torch.int32)
-    position = torch.cat([torch.arange(row.run.start, row.run.end, dtype=torch.int32) for row in batch.rows])
+    number = torch.zeros(max(first_row) + 1, dtype=torch.int32)
+    number[list(first_row)] = torch.arange(len(first_row), dtype=torch.int32)
     table = batch.block_table[list(first_row.values())]
-    return table, of_row.repeat_interleave(lengths).to(device), position.to(device)
+    return table, number[batch.requests].to(device), batch.positions.int().to(device)

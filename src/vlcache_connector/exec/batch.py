@@ -32,6 +32,8 @@ class VirtualBatch:
     """One pass. Tensors are on the pages' device unless said otherwise."""
 
     rows: tuple[Row, ...]
+    requests: torch.Tensor  # [tokens] int64, on the CPU: number of each token's request
+    positions: torch.Tensor  # [tokens] int64, on the CPU: where in its request it stands
     query_start_loc: torch.Tensor  # [rows + 1] int32, on the CPU
     seq_lens: torch.Tensor  # [rows] int32, on the CPU
     block_table: torch.Tensor  # [rows, blocks] int32
@@ -91,19 +93,27 @@ def build_batch(
     rows: Sequence[Row], block_ids: Sequence[Sequence[int]], block_size: int, device: torch.device
 ) -> VirtualBatch:
     """Tensors of one pass. `block_ids[row.request]` are the blocks of a row's request."""
-    tables = [torch.tensor(ids, dtype=torch.int32) for ids in block_ids]
-    table = torch.zeros(len(rows), max(len(t) for t in tables), dtype=torch.int32)
-    slots: list[torch.Tensor] = []
-    for i, row in enumerate(rows):
-        blocks = tables[row.request]
-        table[i, : len(blocks)] = blocks
-        positions = torch.arange(row.run.start, row.run.end)
-        slots.append(blocks[positions // block_size].long() * block_size + positions % block_size)
+    tables = torch.zeros(len(block_ids), max(map(len, block_ids)), dtype=torch.int32)
+    for table, ids in zip(tables, block_ids, strict=True):
+        table[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    of_row = torch.tensor([row.request for row in rows])
     lengths = torch.tensor([0] + [len(row.run) for row in rows], dtype=torch.int32)
+    requests, positions = of_row.repeat_interleave(lengths[1:]), positions_of([row.run for row in rows])
+    blocks = tables[requests, positions // block_size].long()
     return VirtualBatch(
         rows=tuple(rows),
+        requests=requests,
+        positions=positions,
         query_start_loc=lengths.cumsum(0, dtype=torch.int32),
         seq_lens=torch.tensor([row.run.end for row in rows], dtype=torch.int32),
-        block_table=table.to(device),
-        slots=torch.cat(slots).to(device),
+        block_table=tables[of_row].to(device),
+        slots=(blocks * block_size + positions % block_size).to(device),
     )
+
+
+def positions_of(runs: Sequence[Run]) -> torch.Tensor:
+    """All positions of runs, in order: int64."""
+    lengths = torch.tensor([len(run) for run in runs], dtype=torch.int64)
+    starts = torch.tensor([run.start for run in runs], dtype=torch.int64)
+    # How far a position is ahead of its number among all of them is the same throughout a run.
+    return (starts - lengths.cumsum(0) + lengths).repeat_interleave(lengths) + torch.arange(int(lengths.sum()))

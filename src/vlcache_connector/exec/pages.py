@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlcache_connector.exec.batch import positions_of
 from vlcache_connector.kernels.ops import PageLayout, Strides
 from vlcache_connector.types import Run
 
@@ -49,11 +50,9 @@ class Pages:
         `runs`.
         """
         blocks = torch.tensor(block_ids, dtype=torch.int64)
+        positions = positions_of(runs)
         slots = torch.full((count,), -1, dtype=torch.int64)
-        for run in runs:
-            positions = torch.arange(run.start, run.end)
-            found = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
-            slots[run.start - offset : run.end - offset] = found
+        slots[positions - offset] = blocks[positions // self.block_size] * self.block_size + positions % self.block_size
         return slots.to(self.device)
 
 

@@ -7,10 +7,11 @@ prompt.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
-from vlcache_connector.exec.batch import PassLimits, Row, VirtualBatch, build_batch, split_passes
+from vlcache_connector.exec.batch import PassLimits, Row, VirtualBatch, build_batch, positions_of, split_passes
 from vlcache_connector.exec.model import LayerStack
 from vlcache_connector.exec.shift import ShiftedSpan, SpanShift
 from vlcache_connector.types import Run
@@ -90,10 +91,9 @@ class Recompute:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns what the last layer gave."""
         batch = build_batch(rows, [s.block_ids for s in sequences], self._block_size, self._device)
-        shifts = _begin_shifts(rows, sequences)
-        hidden, added = self._inputs(rows, sequences)
-        positions = torch.cat([sequences[r.request].positions[:, r.run.start : r.run.end] for r in rows], dim=1)
-        positions = positions.to(self._device)
+        shifts = _begin_shifts(batch, sequences)
+        hidden, added = self._inputs(batch, sequences)
+        positions = torch.cat([s.positions[:, at] for s, at in _tokens(batch, sequences)], dim=1).to(self._device)
         residual: torch.Tensor | None = None
         with self._context(batch, _each(shifts) if shifts else None):
             for layer in range(self._stack.num_layers):
@@ -106,47 +106,52 @@ class Recompute:
         return hidden, residual
 
     def _inputs(
-        self, rows: Sequence[Row], sequences: Sequence[SequenceInput]
+        self, batch: VirtualBatch, sequences: Sequence[SequenceInput]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Input rows [n, hidden] of a pass, and the rows to add after the first layers (zero for text)."""
-        ids = torch.cat([sequences[r.request].token_ids[r.run.start : r.run.end] for r in rows])
+        ids = torch.cat([s.token_ids[at] for s, at in _tokens(batch, sequences)])
         hidden = self._stack.embed(ids.to(self._device))
         added: list[torch.Tensor] = []
-        start = 0
-        for row in rows:
-            for offset, embedding in sequences[row.request].embeddings:
-                common = row.run.intersect(Run(offset, offset + len(embedding)))
-                if not len(common):
+        for number in batch.requests.unique().tolist():
+            for offset, embedding in sequences[number].embeddings:
+                where = _rows_within(batch, number, Run(offset, offset + len(embedding)))
+                if not len(where):
                     continue
-                rows_of_span = embedding[common.start - offset : common.end - offset].to(self._device)
-                pieces = self._stack.split_embedding(rows_of_span)
-                where = slice(start + common.start - row.run.start, start + common.end - row.run.start)
+                pieces = self._stack.split_embedding(embedding[batch.positions[where] - offset].to(self._device))
+                where = where.to(self._device)
                 hidden[where] = pieces[0].to(hidden.dtype)
                 if len(pieces) > 1 and not added:
                     added = [torch.zeros_like(hidden) for _ in pieces[1:]]
                 for target, piece in zip(added, pieces[1:], strict=True):
                     target[where] = piece.to(hidden.dtype)
-            start += len(row.run)
         return hidden, added
 
 
-def _begin_shifts(rows: Sequence[Row], sequences: Sequence[SequenceInput]) -> list[tuple[ShiftedSpan, SpanShift]]:
+def _tokens(batch: VirtualBatch, sequences: Sequence[SequenceInput]) -> Iterator[tuple[SequenceInput, torch.Tensor]]:
+    """The pass in parts of one request each, with positions."""
+    for number, rows in groupby(batch.rows, key=lambda row: row.request):
+        yield sequences[number], positions_of([row.run for row in rows])
+
+
+def _rows_within(batch: VirtualBatch, request: int, run: Run) -> torch.Tensor:
+    """Where in a pass the tokens of a run of a request are: int64."""
+    inside = (batch.requests == request) & (batch.positions >= run.start) & (batch.positions < run.end)
+    return inside.nonzero()[:, 0]
+
+
+def _begin_shifts(batch: VirtualBatch, sequences: Sequence[SequenceInput]) -> list[tuple[ShiftedSpan, SpanShift]]:
     """Shifted spans whose first samples are in this pass."""
-    samples: dict[tuple[int, int], list[tuple[int, Run]]] = {}
-    first = 0
-    for row in rows:
-        if row.whole is not None:
-            samples.setdefault((row.request, row.whole), []).append((first, row.run))
-        first += len(row.run)
     begun = []
-    for (request, number), found in samples.items():
+    for request, number in dict.fromkeys((row.request, row.whole) for row in batch.rows if row.whole is not None):
         sequence = sequences[request]
         span = sequence.shifted.get(sequence.whole[number])
         if span is None or span.is_begun:
             continue
         span.is_begun = True
         try:
-            begun.append((span, SpanShift(span, sequence.positions, sequence.block_ids, found)))
+            rows = _rows_within(batch, request, span.run)
+            tokens = batch.positions[rows]
+            begun.append((span, SpanShift(span, sequence.positions, sequence.block_ids, rows, tokens)))
         except Exception as error:
             span.error = error
     return begun

@@ -1,12 +1,9 @@
-"""Moves the reused tokens of a span by the mean change that recomputation made to some of them.
+"""Reused tokens of a span follow the change that recomputation made to some of them, the samples.
 
-Within a recompute pass, layer by layer: once the fresh KV of a span's samples is there, they are compared with the
-entry, and the other tokens are loaded into the pages with the mean difference added, before the layer's attention
-reads them. Differences of keys are taken before rotary positions turned them, where one vector serves all tokens.
-
-How far the mean is trusted: each run of samples has a mean of its own. With n runs and s^2 the variance of their means
-(summed over a head's dimensions), the squared length of the mean m is s^2 / n too large on average; so the factor is
-max(0, 1 - s^2 / (n |m|^2)), the James-Stein one. A head whose samples do not agree stays where it is.
+Within a recompute pass, layer by layer: once the fresh KV of a span's samples is there, it is compared with the entry,
+and the other tokens are loaded into the pages with a weighted sum of the differences added, before the layer's
+attention reads them. A token's weights say how far it is like each sample (`exec.content`); they serve all layers.
+Differences of keys are taken before rotary positions turned them, where a position does not matter.
 """
 
 from collections.abc import Sequence
@@ -14,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlcache_connector.exec.content import MAX_FITTED, features, weights
 from vlcache_connector.exec.pages import Pages
 from vlcache_connector.exec.rope import Rope
 from vlcache_connector.kernels.ops import load_rows, shift_rows
@@ -45,53 +43,46 @@ class ShiftedSpan:
 
 
 class SpanShift:
-    """One span in one pass. `samples`: (first row in the pass, tokens) of each run of the span's tokens in it."""
+    """One span in one pass. `rows` [samples] int64: where its samples are in the pass; `tokens`: their positions."""
 
     def __init__(
         self,
         span: ShiftedSpan,
         positions: torch.Tensor,
         block_ids: Sequence[int],
-        samples: Sequence[tuple[int, Run]],
+        rows: torch.Tensor,
+        tokens: torch.Tensor,
     ) -> None:
         pages, rope, device = span.pages, span.rope, span.pages.device
+        step = -(-len(rows) // MAX_FITTED)
+        rows, tokens = rows[::step], tokens[::step]
         self._pages, self._rope, self._span = pages, rope, span
         self._slots = pages.slots(block_ids, span.reused, span.offset, span.entry.shape[2])
         self._turns = rope.turns(span.delta, device) if span.delta else None
         self._places = rope.places(positions[:, span.run.start : span.run.end], device)
-        self._rows = torch.cat([torch.arange(first, first + len(run)) for first, run in samples]).to(device)
-        tokens = torch.cat([torch.arange(run.start, run.end) for _, run in samples])
-        self._tokens = (tokens - span.offset).to(device)
+        self._rows, self._tokens = rows.to(device), (tokens - span.offset).to(device)
         stored_places = rope.places(positions[:, tokens] - span.delta, device)
         self._sample_places = torch.cat((self._places[self._tokens], stored_places))
-        averaging = torch.block_diag(*(torch.full((1, len(run)), 1 / len(run)) for _, run in samples))
-        self._averaging = torch.cat((averaging, -averaging), dim=1).to(device)  # [runs, fresh and stored samples]
-        # One layer's keys and values on their way into the pages: new memory for each would take as long as the rest.
-        self._shifted = torch.empty(span.entry.shape[1:], dtype=span.entry.dtype, device=device)
+        self._weights = weights(features(span.entry, device), self._tokens)
+        # One layer's keys and values on their way into the pages, and by how much they move: new memory for each would
+        # take as long as the rest.
+        shape, dtype = span.entry.shape[1:], span.entry.dtype
+        self._shifted = torch.empty(shape, dtype=dtype, device=device)
+        self._shift = torch.empty(shape[1], shape[0] * shape[2] * shape[3], dtype=dtype, device=device)
 
     def apply(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Load the reused tokens of a layer; `keys` and `values` [rows, heads, dim] are what the pass made."""
         entry = self._span.entry[layer].to(self._pages.device, non_blocking=True)
-        shift = _trusted(self._changes(entry, keys, values))
-        shift_rows(entry, shift, self._places, turns=self._turns, is_neox=self._rope.is_neox, out=self._shifted)
+        changes = self._changes(entry, keys, values)
+        shift = torch.mm(self._weights, changes.flatten(1), out=self._shift)
+        by_token = shift.view(-1, *changes.shape[1:]).transpose(0, 1)
+        shift_rows(entry, by_token, self._places, turns=self._turns, is_neox=self._rope.is_neox, out=self._shifted)
         load_rows(self._shifted[None], self._pages.caches[layer : layer + 1], self._slots, self._pages.layout)
         self._span.layers_loaded += 1
 
     def _changes(self, entry: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """By how much the samples of each run have changed, on average: [2, runs, heads, dim]."""
-        stored = entry[:, self._tokens]
-        all_keys = self._rope.turned_back(torch.cat((keys[self._rows], stored[0])), self._sample_places)
-        all_values = torch.cat((values[self._rows], stored[1])).float()
-        means = [self._averaging @ rows.flatten(1) for rows in (all_keys, all_values)]
-        return torch.stack(means).view(2, -1, *entry.shape[2:])
-
-
-def _trusted(changes: torch.Tensor) -> torch.Tensor:
-    """The mean [2, heads, dim] of changes [2, runs, heads, dim], as far as the runs agree about it."""
-    runs, mean = changes.shape[1], changes.mean(1)
-    if runs == 1:
-        return mean
-    spread = (changes - mean[:, None]).square().sum((1, 3))[..., None]  # [2, heads, 1]
-    noise = spread / (runs * (runs - 1))
-    size = mean.square().sum(-1, keepdim=True)
-    return mean * (1 - noise / size.clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0)
+        """By how much the samples have changed: [samples, 2, heads, dim] in the dtype of the entry."""
+        stored, count = entry[:, self._tokens], len(self._rows)
+        turned_back = self._rope.turned_back(torch.cat((keys[self._rows], stored[0])), self._sample_places)
+        change = turned_back[:count] - turned_back[count:], values[self._rows].float() - stored[1].float()
+        return torch.stack(change, dim=1).to(entry.dtype)

@@ -18,6 +18,7 @@ def plan_reuse(
     ratio: float,
     min_reuse_tokens: int,
     recompute_tokens: int | None = None,
+    orders: Sequence[Sequence[int]] | None = None,
 ) -> ReusePlan | Reason:
     """Plan the covered range [num_local, end) of a prompt.
 
@@ -29,6 +30,7 @@ def plan_reuse(
         policy, ratio: which tokens of a span are recomputed; offsets count from the start of the span.
         min_reuse_tokens: fewer covered span tokens than this are not worth touching the request.
         recompute_tokens: a span whose share is more than this gets a smaller ratio.
+        orders: for each span what the policy is told of its content; by default nothing.
 
     Returns:
         The plan, whose range ends with the last span before the first unavailable one, or the reason for none.
@@ -43,7 +45,7 @@ def plan_reuse(
             stopped_by = Reason.BEHIND_NEW_IMAGE if any(available[i:]) else Reason.MISS
             break
         share = ratio if recompute_tokens is None else min(ratio, recompute_tokens / span.length)
-        parts.append(_plan_span(span, limit, policy, share))
+        parts.append(_plan_span(span, limit, policy.recompute(span.length, share, orders[i] if orders else ())))
     if not parts:
         return stopped_by or (Reason.IN_PREFIX_CACHE if spans else Reason.NO_MEDIA)
 
@@ -54,10 +56,10 @@ def plan_reuse(
     return ReusePlan(num_local, end, tuple(parts), _complement(parts, Run(num_local, end)), policy.shifts)
 
 
-def _plan_span(span: Span, limit: Run, policy: Policy, ratio: float) -> SpanPlan:
+def _plan_span(span: Span, limit: Run, chosen: Sequence[Run]) -> SpanPlan:
     window = span.run.intersect(limit)
-    chosen = [Run(span.offset + run.start, span.offset + run.end) for run in policy.recompute(span.length, ratio)]
-    recomputed = tuple(run for run in (c.intersect(window) for c in chosen) if len(run))
+    absolute = (Run(span.offset + run.start, span.offset + run.end) for run in chosen)
+    recomputed = tuple(run for run in (one.intersect(window) for one in absolute) if len(run))
     return SpanPlan(span, _gaps(recomputed, window), recomputed)
 
 

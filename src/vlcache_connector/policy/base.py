@@ -1,5 +1,6 @@
 """The shape of a policy."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from vlcache_connector.types import Run
@@ -15,9 +16,13 @@ class Policy(Protocol):
 
     @property
     def shifts(self) -> bool:
-        """Whether reused tokens move by the mean change that recomputation made to the chosen ones (`exec.shift`)."""
+        """Whether reused tokens follow the change that recomputation made to the chosen ones (`exec.shift`)."""
         ...
 
-    def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:
-        """Sorted, disjoint, non-empty runs of token offsets within a span of `length` tokens."""
+    def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
+        """Sorted, disjoint, non-empty runs of token offsets within a span of `length` tokens.
+
+        `order`: some of its tokens, the first n of which stand for all as well as n can (`exec.content`); empty where
+        nobody has looked.
+        """
         ...

@@ -36,7 +36,7 @@ def _problem_of(policy: Policy) -> str | None:
         return f"shifts is {policy.shifts!r}, expected true or false"
     for length in _TRIED_LENGTHS:
         for ratio in _TRIED_RATIOS:
-            runs = policy.recompute(length, ratio)
+            runs = policy.recompute(length, ratio, range(min(length, 2)))
             edges = [edge for run in runs for edge in (run.start, run.end)]
             is_sorted = all(a.end <= b.start for a, b in pairwise(runs))
             if not is_sorted or not all(len(run) for run in runs) or not all(0 <= edge <= length for edge in edges):

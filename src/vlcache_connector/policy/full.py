@@ -1,5 +1,7 @@
 """Recompute everything: the exact answer, and the yardstick of the other policies. Only the encoder is saved."""
 
+from collections.abc import Sequence
+
 from vlcache_connector.types import Run
 
 
@@ -7,5 +9,5 @@ class Full:
     name = "full"
     shifts = False
 
-    def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:
+    def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
         return (Run(0, length),)

@@ -1,5 +1,7 @@
 """Recompute nothing within a span: naive position-independent reuse, the lower bound of the other policies."""
 
+from collections.abc import Sequence
+
 from vlcache_connector.types import Run
 
 
@@ -7,5 +9,5 @@ class NoRecompute:
     name = "none"
     shifts = False
 
-    def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:
+    def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
         return ()

@@ -1,49 +1,59 @@
-"""Recompute samples all over each span, and move its other tokens by the mean change that the samples show.
+"""Recompute samples that stand for all of a span; its other tokens follow the change that these show.
 
-What stands before an image (a number, a legend, a role) changes the KV of all its tokens, and much of that change is
-the same for all of them. So few tokens tell what the others would have become; the mean is applied per layer and head,
-as far as the samples agree about it. Naive reuse loses this part of the context, and so does `leading`, whose tokens
+What stands before an image (a number, a legend, a role) changes the KV of its tokens: partly all alike, partly by what
+each of them holds. So samples are tokens that differ as much as may be, and each reused token follows those that it is
+like (`exec.content`, `exec.shift`). Naive reuse loses this part of the context, and so does `leading`, whose tokens
 know their new context while all others keep the old one.
 
-Cost: that of `leading` at the same ratio, and one addition per reused key and value while they are loaded. Source: our
-own; the choice of samples is that of stratified sampling.
+Cost: that of `leading` at the same ratio, as far as that is computing; attention of samples late in a span reads more
+keys, and the others cost one product of weights and changes per layer. Source: our own; samples by farthest-first
+traversal, weights by ridge regression.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from vlcache_connector.types import Run
 
-PARTS = 8
-"""Samples are the leading tokens of so many equal parts of a span: enough to see how much they differ, and few enough
-that attention, which reads the keys again for each run, does not notice."""
+MIN_SAMPLES = 12
+"""Fewer do not cover what a picture holds, however small it is."""
 
 
 class Shifted:
     name = "shifted"
     shifts = True
 
-    def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:
+    def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
         if ratio <= 0:
             return ()
-        parts = min(PARTS, length)
-        starts = [i * length // parts for i in range(parts + 1)]
-        # Rounded up, as in `leading`; a part without a sample would not be heard.
-        rounds, left = divmod(min(length, max(parts, math.ceil(ratio * length - 1e-9))), parts)
-        larger_first = sorted(range(parts), key=lambda i: (starts[i] - starts[i + 1], _scattered(i)))
-        lengths = {i: rounds + (rank < left) for rank, i in enumerate(larger_first)}
-        return _joined([Run(starts[i], starts[i] + lengths[i]) for i in range(parts)])
+        # Rounded up, as in `leading`.
+        count = min(length, max(MIN_SAMPLES, math.ceil(ratio * length - 1e-9)))
+        if count == length:
+            return (Run(0, length),)
+        chosen = dict.fromkeys(islice(order, count))
+        for token in _scattered(length):
+            if len(chosen) == count:
+                break
+            chosen[token] = None
+        return _joined(sorted(chosen))
 
 
-def _scattered(number: int) -> int:
-    """Orders 0 to 7 as 0, 4, 2, 6, 1, 5, 3, 7: the bits in reverse."""
-    return int(f"{number:03b}"[::-1], 2)
+def _scattered(length: int) -> Iterator[int]:
+    """All tokens, some of them again: where the whole begins, its second half, then each half's second half and so on,
+    so that the first n are everywhere (van der Corput 1935).
+    """
+    bits = (length - 1).bit_length()
+    for number in range(1 << bits):
+        yield int(f"{number:0{bits}b}"[::-1], 2) * length >> bits
 
 
-def _joined(runs: list[Run]) -> tuple[Run, ...]:
-    joined = runs[:1]
-    for run in runs[1:]:
-        if run.start == joined[-1].end:
-            joined[-1] = Run(joined[-1].start, run.end)
-        else:
-            joined.append(run)
-    return tuple(joined)
+def _joined(tokens: list[int]) -> tuple[Run, ...]:
+    runs: list[Run] = []
+    start = previous = tokens[0]
+    for token in tokens[1:]:
+        if token > previous + 1:
+            runs.append(Run(start, previous + 1))
+            start = token
+        previous = token
+    return (*runs, Run(start, previous + 1))

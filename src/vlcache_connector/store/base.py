@@ -19,8 +19,9 @@ class EntryLostError(VLCacheError):
 class Part:
     """One tensor of an entry, where it lies in memory.
 
-    `KV` entries have a part `layer.I` for each layer, shape [2, tokens, heads, dim], and `positions`, [3, tokens] I32;
-    embedding entries have one part `embedding`, [tokens, width]. `dtype` is safetensors' name of it (BF16, F16, F32).
+    `KV` entries have a part `layer.I` for each layer, shape [2, tokens, heads, dim], `positions`, [3, tokens] I32, and
+    `order`, [`num_ordered(tokens)`] I32; embedding entries have one part `embedding`, [tokens, width]. `dtype` is
+    safetensors' name of it (BF16, F16, F32).
     """
 
     name: str
@@ -44,6 +45,10 @@ class RankBytes(Protocol):
 
     def parts(self, extent: Extent, kind: str, num_tokens: int) -> list[Part]:
         """The tensors of an entry of this kind ("kv" or "embedding"), in the order in which they lie there."""
+        ...
+
+    def order(self, extent: Extent, num_tokens: int) -> Sequence[int]:
+        """Tokens that stand for all of a KV entry, most different first."""
         ...
 
 

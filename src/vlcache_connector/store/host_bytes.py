@@ -24,6 +24,10 @@ class HostBytes:
         """The entry's parts on each rank."""
         return [slab.parts(entry.extent, entry.entry_class.kind, entry.num_tokens) for slab in self._slabs]
 
+    def order(self, entry: HostEntry) -> Sequence[int]:
+        """Tokens that stand for all of a KV entry, as the first rank has put them in order."""
+        return self._slabs[0].order(entry.extent, entry.num_tokens)
+
     def kept(self, entry: HostEntry) -> tuple[EntryMeta, list[list[Part]]]:
         """What a tier below keeps: an embedding once, because it is the same on all ranks."""
         ranks = self.ranks(entry)

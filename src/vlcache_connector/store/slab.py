@@ -3,7 +3,9 @@
 A slab is shared memory, so that the scheduler process can move entries between it and the tiers below: `SlabBytes`.
 
 A KV entry of n tokens is      keys and values  [layer][K, V][token][head][dim]  in the dtype of the pages,
-followed by                    positions        [channel][token]                 int32.
+followed by                    positions        [channel][token]                 int32,
+and                            order            [number]                         int32: tokens that stand for all of
+                                                them, most different first; the first `num_ordered(n)` of them.
 An embedding entry is          rows             [token][width]                   in the model's dtype.
 A layer of a KV entry is one contiguous range, so it can be copied to the device as one piece.
 """
@@ -12,14 +14,14 @@ import contextlib
 import math
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from vlcache_connector.store.base import Part
-from vlcache_connector.types import Extent
+from vlcache_connector.types import Extent, num_ordered
 
 POSITION_CHANNELS = 3  # M-RoPE: time, height, width
 
@@ -49,9 +51,14 @@ class EntryLayout:
         return self.num_layers * 2 * num_tokens * self.num_kv_heads * self.head_dim * self.kv_dtype.itemsize
 
     def kv_nbytes(self, num_tokens: int) -> int:
-        positions_nbytes = POSITION_CHANNELS * num_tokens * torch.int32.itemsize
-        # The payload is padded so that the positions behind it are aligned for every dtype.
-        return _align(self.kv_payload_nbytes(num_tokens)) + positions_nbytes
+        return self.order_start(num_tokens) + num_ordered(num_tokens) * torch.int32.itemsize
+
+    def positions_start(self, num_tokens: int) -> int:
+        """Where positions begin in a KV entry: aligned for every dtype."""
+        return _align(self.kv_payload_nbytes(num_tokens))
+
+    def order_start(self, num_tokens: int) -> int:
+        return self.positions_start(num_tokens) + POSITION_CHANNELS * num_tokens * torch.int32.itemsize
 
     def nbytes(self, kind: str, num_tokens: int) -> int:
         """Of an entry of this kind, "kv" or "embedding"."""
@@ -90,9 +97,14 @@ class Slab:
 
     def positions(self, extent: Extent, num_tokens: int) -> torch.Tensor:
         """Rope positions under which the keys were computed, a view of shape [3, num_tokens], int32."""
-        start = _align(self.layout.kv_payload_nbytes(num_tokens))
+        start = self.layout.positions_start(num_tokens)
         raw = self._range(extent, start, POSITION_CHANNELS * num_tokens * torch.int32.itemsize)
         return raw.view(torch.int32).view(POSITION_CHANNELS, num_tokens)
+
+    def order(self, extent: Extent, num_tokens: int) -> torch.Tensor:
+        """Tokens that stand for all of an entry, a view of shape [num_ordered(num_tokens)], int32."""
+        nbytes = num_ordered(num_tokens) * torch.int32.itemsize
+        return self._range(extent, self.layout.order_start(num_tokens), nbytes).view(torch.int32)
 
     def embedding(self, extent: Extent, num_tokens: int) -> torch.Tensor:
         """Encoder output, a view of shape [num_tokens, width]."""
@@ -142,8 +154,23 @@ class SlabBytes:
                 self._part(f"layer.{i}", layout.kv_dtype, shape, extent, i * layer_nbytes)
                 for i in range(layout.num_layers)
             ),
-            self._part("positions", torch.int32, (POSITION_CHANNELS, num_tokens), extent, _align(payload)),
+            self._part(
+                "positions",
+                torch.int32,
+                (POSITION_CHANNELS, num_tokens),
+                extent,
+                layout.positions_start(num_tokens),
+            ),
+            self._order(extent, num_tokens),
         ]
+
+    def order(self, extent: Extent, num_tokens: int) -> Sequence[int]:
+        """See `RankBytes`."""
+        return self._order(extent, num_tokens).buffer.cast("i")
+
+    def _order(self, extent: Extent, num_tokens: int) -> Part:
+        shape = (num_ordered(num_tokens),)
+        return self._part("order", torch.int32, shape, extent, self._layout.order_start(num_tokens))
 
     def _part(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], extent: Extent, start: int) -> Part:
         nbytes = math.prod(shape) * dtype.itemsize
