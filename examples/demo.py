@@ -167,7 +167,7 @@ def print_answers(answered: list[Answered]) -> None:
     print("\nAnswers of the trained grid model (5 % recomputed; pictures A and B, each seen alone before)")
     header = ["prompt", "truth", "plain", "reuse", "", "reused", "recomputed"]
     print(table(header, [a.cells() for a in answered]))
-    print("\n" + table(["questions", "asked", "plain right", "reuse right", "same", "must agree"], summary(answered)))
+    print("\n" + table(["questions", "asked", "plain right", "reuse right", "same"], summary(answered)))
 
 
 def main() -> int:

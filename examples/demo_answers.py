@@ -24,9 +24,6 @@ MODEL = Path(__file__).parent / "grid_model" / "model"
 SEED = 9
 QUESTIONS = 4  # of each group
 RATIO = 0.05
-# The groups whose answers under reuse must be plain vLLM's. The others are reported only: what they ask about is in no
-# picture alone, so a picture's stored keys and values do not know it, and 5 % recomputed need not bring it back.
-MUST_AGREE = frozenset({"one picture", "50 words before"})
 OPTIONS = ["--served-model-name", "demo", "--max-model-len", "4096", "--max-num-seqs", "4", "--enforce-eager"]
 OPTIONS += ["--skip-mm-profiling", "--limit-mm-per-prompt", '{"image": 2, "video": 0}']
 FIRST_QUESTION = Question("at", ["colour", "at", "c5"], [])  # stores a picture; nobody reads the answer
@@ -143,20 +140,18 @@ def summary(answered: list[Answered]) -> list[list[str]]:
     for group in dict.fromkeys(a.case.group for a in answered):
         of = [a for a in answered if a.case.group == group]
         counts = (len(of), sum(a.plain_right for a in of), sum(a.reuse == a.case.truth for a in of))
-        rows.append([group, *map(str, counts), str(sum(a.same for a in of)), "yes" if group in MUST_AGREE else "no"])
+        rows.append([group, *map(str, counts), str(sum(a.same for a in of))])
     return rows
 
 
 def check_answers(answered: list[Answered]) -> list[Check]:
-    bound = [a for a in answered if a.case.group in MUST_AGREE]
     return [
         Check("plain vLLM gave the trained model's right answers", _prompts(a for a in answered if not a.plain_right)),
         Check(
             "all its questions about known pictures reused tokens", _prompts(a for a in answered if not a.reused_tokens)
         ),
         Check(
-            f"with {RATIO:.0%} recomputed, its answers are plain vLLM's ({', '.join(sorted(MUST_AGREE))})",
-            _prompts(a for a in bound if not a.same),
+            f"with {RATIO:.0%} recomputed, its answers are plain vLLM's", _prompts(a for a in answered if not a.same)
         ),
     ]
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 
 from offline import GRID_MODEL, GRID_QUESTIONS, ask, grid_pictures, message, start
 from savings import Savings
@@ -30,7 +31,7 @@ class Ends:
     name = "ends"
     shifts = False  # the tokens between them stay as they are
 
-    def recompute(self, length: int, ratio: float) -> tuple[Run, ...]:
+    def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
         first = math.ceil(length * ratio * 2 / 3)
         last = max(first, length - math.ceil(length * ratio / 3))
         return tuple(run for run in (Run(0, first), Run(last, length)) if len(run))

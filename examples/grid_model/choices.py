@@ -11,66 +11,74 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from grid_model.batches import branch_of
 from grid_model.cases import Case
-from grid_model.reuse import SPAN, Answers, GridModel, Mean, Prompt, answer, ask, reuse, tokens_of
+from grid_model.reuse import SPAN, Answers, Follow, GridModel, Prompt, answer, ask, reuse, stay
 from grid_model.scenes import Question
+from vlcache_connector.exec.content import features, order_of, weights
 from vlcache_connector.policy import POLICIES
 from vlcache_connector.types import Run
 
+CPU = torch.device("cpu")
+PARTS = 8
 Choose = Callable[[GridModel, Case, float, Question], list[Sequence[Run]]]
 
 
 @dataclass(frozen=True)
 class Method:
     choose: Choose
-    mean: Mean | None = None
-    by_question: bool = False  # the choice depends on the question, so each question has a pass of its own
+    follow: Follow = stay
+    by_question: bool = False  # each question has a pass of its own; else the first one's serves all
 
-    def answers(self, model: GridModel, case: Case, entries: Sequence[Tensor], ratio: float) -> Answers:
+    def answers(self, model: GridModel, case: Case, ratio: float) -> Answers:
         if not self.by_question:
-            return self._answers(model, case, entries, ratio, case.questions)
-        parts = [self._answers(model, case, entries, ratio, [question]) for question in case.questions]
+            return self._answers(model, case, ratio, case.questions)
+        parts = [self._answers(model, case, ratio, [question]) for question in case.questions]
         numbers = [part.question + number for number, part in enumerate(parts)]
         return Answers(torch.cat([p.right for p in parts]), torch.cat([p.logits for p in parts]), torch.cat(numbers))
 
-    def _answers(
-        self, model: GridModel, case: Case, entries: Sequence[Tensor], ratio: float, questions: Sequence[Question]
-    ) -> Answers:
+    def _answers(self, model: GridModel, case: Case, ratio: float, questions: Sequence[Question]) -> Answers:
         runs = self.choose(model, case, ratio, questions[0])
-        return answer(model, case.prompt, reuse(model, case.prompt, entries, runs, self.mean), questions)
+        return answer(model, case.prompt, reuse(model, case.prompt, case.entries, runs, self.follow), questions)
 
 
-def mean_of_runs(change: Tensor, runs: Sequence[Run]) -> Tensor:
-    """The mean of the runs' means: [2, heads, dim] of changes [2, samples, heads, dim]."""
-    return _means(change, runs).mean(0)
+def mean(entry: Tensor, samples: Tensor) -> Tensor:
+    """All tokens move by the samples' mean change."""
+    return torch.full((SPAN, len(samples)), 1 / len(samples))
 
 
-def shrunk_mean(change: Tensor, runs: Sequence[Run]) -> Tensor:
-    """The same as far as the runs agree about it, by head: see `exec/shift.py`."""
-    means = _means(change, runs)
-    mean = means.mean(0)
-    if len(runs) == 1:
-        return mean
-    noise, size = means.var(0).sum(-1, keepdim=True) / len(runs), mean.square().sum(-1, keepdim=True)
-    return mean * (1 - noise / size.clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0)
+def nearest(entry: Tensor, samples: Tensor) -> Tensor:
+    """Each token moves as the sample whose stored values are nearest to its own."""
+    rows = features(entry, CPU)
+    return functional.one_hot(torch.cdist(rows, rows[samples]).argmin(1), len(samples)).float()
 
 
-def _means(change: Tensor, runs: Sequence[Run]) -> Tensor:
-    """[runs, 2, heads, dim]."""
-    return torch.stack([part.mean(1) for part in change.split([len(run) for run in runs], 1)])
+def fit(entry: Tensor, samples: Tensor) -> Tensor:
+    """Each token moves as a fit of the samples' changes to their stored values says: what the connector does."""
+    return weights(features(entry, CPU), samples)
 
 
 def policy(name: str) -> Choose:
     """The tokens that a policy of the connector recomputes."""
-    return lambda model, case, ratio, question: [POLICIES[name].recompute(SPAN, ratio)] * len(case.entries)
+    return lambda model, case, ratio, question: [
+        POLICIES[name].recompute(SPAN, ratio, order_of(entry, CPU).tolist()) for entry in case.entries
+    ]
 
 
 def strided(model: GridModel, case: Case, ratio: float, question: Question) -> list[Sequence[Run]]:
     """Single tokens at equal distances."""
     number = math.ceil(ratio * SPAN - 1e-9)
     runs = [Run(at, at + 1) for at in (int((i + 0.5) * SPAN / number) for i in range(number))]
+    return [runs] * len(case.entries)
+
+
+def leading_parts(model: GridModel, case: Case, ratio: float, question: Question) -> list[Sequence[Run]]:
+    """The leading tokens of equal parts, one of each at least."""
+    each, left = divmod(max(PARTS, math.ceil(ratio * SPAN - 1e-9)), PARTS)
+    starts = [part * SPAN // PARTS for part in range(PARTS)]
+    runs = [Run(start, start + each + (part < left)) for part, start in enumerate(starts)]
     return [runs] * len(case.entries)
 
 
@@ -85,14 +93,6 @@ def looked_at(model: GridModel, case: Case, ratio: float, question: Question) ->
     """Tokens at which the question looks most when all are reused (as CONDUIT)."""
     kv = reuse(model, case.prompt, case.entries, [()] * len(case.entries))
     return largest(attention(model, case.prompt, kv, question)[case.prompt.spans], ratio)
-
-
-def looked_at_and_spread(model: GridModel, case: Case, ratio: float, question: Question) -> list[Sequence[Run]]:
-    """Half of the share at which the question looks most, and the samples of `shifted` at the other half."""
-    spread = [tokens_of(runs) for runs in policy("shifted")(model, case, ratio / 2, question)]
-    found = [tokens_of(runs) for runs in looked_at(model, case, ratio / 2, question)]
-    both = [torch.cat(parts).unique().tolist() for parts in zip(spread, found, strict=True)]
-    return [[Run(token, token + 1) for token in tokens] for tokens in both]
 
 
 def largest(scores: Tensor, ratio: float) -> list[Sequence[Run]]:
@@ -115,11 +115,16 @@ METHODS: dict[str, Method] = {
     "strided": Method(strided),
     "deviation": Method(deviating),
     "scored": Method(looked_at, by_question=True),
-    "scored + mean": Method(looked_at, mean_of_runs, by_question=True),
-    "scored, parts + mean": Method(looked_at_and_spread, mean_of_runs, by_question=True),
-    "leading + mean": Method(policy("leading"), mean_of_runs),
-    "strided + mean": Method(strided, mean_of_runs),
-    "strided + shrunk mean": Method(strided, shrunk_mean),
-    "parts + mean": Method(policy("shifted"), mean_of_runs),
-    "shifted": Method(policy("shifted"), shrunk_mean),
+    "leading + mean": Method(policy("leading"), mean),
+    "strided + mean": Method(strided, mean),
+    "parts + mean": Method(leading_parts, mean),
+    "scored + mean": Method(looked_at, mean, by_question=True),
+    "farthest + mean": Method(policy("shifted"), mean),
+    "leading + fit": Method(policy("leading"), fit),
+    "strided + fit": Method(strided, fit),
+    "parts + fit": Method(leading_parts, fit),
+    "scored + fit": Method(looked_at, fit, by_question=True),
+    "scored once + fit": Method(looked_at, fit),
+    "farthest + nearest": Method(policy("shifted"), nearest),
+    "shifted": Method(policy("shifted"), fit),
 }

@@ -9,6 +9,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def compare(folder: Path, kinds: list[str], scenes: int, questions: int) -> dict
             }
             for name, ratio in METHOD_RATIOS:
                 for context in CONTEXTS:
-                    given = METHODS[name].answers(model, case, entries[context], ratio)
+                    given = METHODS[name].answers(model, replace(case, entries=entries[context]), ratio)
                     tallies[f"{name} {ratio:.0%}, behind {context}"].add(case.expected, given)
         for title, tally in tallies.items():
             template = tallies[f"{title.split(', ')[0]}, behind {TEMPLATE}"]

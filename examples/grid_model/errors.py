@@ -9,7 +9,7 @@ ones hand on, so the earliest matter most. Tokens are taken in blocks of 16, a r
 - handed on: what reusing one block alone does to tokens that are computed behind it, and to the answers.
 - saved: by how much the answers' divergence falls when everything is reused but this one block.
 - sum rule: whether what blocks do to the answers one by one adds up to what they do together.
-- common: how much of a picture's deviation is the same vector for all its tokens; `shifted` removes that part.
+- common: how much of a picture's deviation is one vector for all its tokens, or one for all tokens of a colour.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from grid_model.cases import KINDS, Case, cases
 from grid_model.errors_plot import plot
 from grid_model.reuse import SPAN, Answers, GridModel, answer, arranged, compute, load, reuse
 from grid_model.tally import header
+from grid_model.words import SHAPES
 from vlcache_connector.types import Run
 
 BLOCK = 16
@@ -44,7 +46,8 @@ class Errors:
     answers: np.ndarray  # [pictures, blocks]: KL (nats) when this block alone is reused
     reused: float  # KL when everything is reused
     all_but: np.ndarray  # [pictures, blocks]: KL when everything is reused but this block
-    common: np.ndarray  # [pictures, layers, 2]: share of the squared deviation
+    common: np.ndarray  # [pictures, layers, 2]: share of the squared deviation that is the same for all tokens
+    by_colour: np.ndarray  # [pictures, layers, 2]: and for all tokens of a colour
     residual: float  # |together - sum of one by one| / |together|, of logits, nothing recomputed in between
     handed_residual: float  # the same when tokens behind a block that is reused alone are recomputed
 
@@ -63,17 +66,33 @@ def measure(model: GridModel, case: Case) -> Errors:
         np.array([[_kl(case, say(kv)) for _, kv in kvs] for kvs in alone]),
         _kl(case, naive),
         np.array([[_kl(case, say(kv)) for kv in _all_but_one(model, case, p)] for p in range(len(case.entries))]),
-        np.stack([common_share(deviation[:, :, span]).numpy() for span in case.prompt.spans]),
+        _shares(case, deviation, np.zeros_like),
+        _shares(case, deviation, colours),
         _residual(total, [say(kv).logits - case.expected.logits for kv in held]),
         _residual(total, [say(kv).logits - case.expected.logits for kv in computed]),
     )
 
 
-def common_share(deviation: Tensor) -> Tensor:
-    """n |mean|^2 / sum |each|^2 of [layers, 2, tokens, heads, dim]: [layers, 2], 0 where nothing deviates."""
-    each = deviation.flatten(3)
+def common_share(deviation: Tensor, kind: Tensor) -> Tensor:
+    """How much of the squared deviation [layers, 2, tokens, heads, dim] is that of the mean of each kind of tokens:
+    sum n |mean|^2 / sum |each|^2, [layers, 2], 0 where nothing deviates.
+    """
+    each, member = deviation.flatten(3), functional.one_hot(kind).float()
     whole = each.square().sum((2, 3))
-    return each.shape[2] * each.mean(2).square().sum(-1) / whole.clamp_min(1e-12)
+    of_means = (member.T @ each).square().sum(-1) / member.sum(0).clamp_min(1)
+    return of_means.sum(-1) / whole.clamp_min(1e-12)
+
+
+def colours(picture: np.ndarray) -> np.ndarray:
+    """Of cell contents: 0 for empty cells, else from 1 on."""
+    return -(-picture // len(SHAPES))
+
+
+def _shares(case: Case, deviation: Tensor, kind: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """[pictures, layers, 2]; a cell is 2 x 2 tokens."""
+    kinds = [torch.from_numpy(kind(p).repeat(2, 0).repeat(2, 1)).flatten() for p in case.scene.pictures]
+    pairs = zip(case.prompt.spans, kinds, strict=True)
+    return torch.stack([common_share(deviation[:, :, span], kind) for span, kind in pairs]).numpy()
 
 
 def _answers(model: GridModel, case: Case) -> Callable[[Tensor], Answers]:
@@ -136,6 +155,7 @@ def summary(found: Sequence[Errors]) -> dict[str, Any]:
         "answers_kl": np.mean([e.answers.mean(0) for e in found], 0),
         "saved_kl": np.mean([e.reused - e.all_but.mean(0) for e in found], 0),
         "common": np.mean([e.common.mean(0) for e in found], 0),
+        "by_colour": np.mean([e.by_colour.mean(0) for e in found], 0),
     }
     reused = float(np.mean([e.reused for e in found]))
     residuals = {name: float(np.median([getattr(e, name) for e in found])) for name in ("residual", "handed_residual")}
@@ -162,10 +182,11 @@ def lines(results: dict[str, dict[str, Any]]) -> Iterator[str]:
             values = values if values.ndim == 1 else values[1:].mean((0, 1))
             shown = [values[0], *values.reshape(4, -1).mean(1)]
             yield f"| {kind} | " + " | ".join(f"{value:.{digits}f}" for value in shown) + " |"
-    yield "\nshare of a picture's deviation that is common to its tokens (keys / values):\n"
-    yield from header(["prompt", *[f"layer {i}" for i in range(2, len(values_of(results)) + 1)]])
-    for kind, result in results.items():
-        yield f"| {kind} | " + " | ".join(f"{k:.2f} / {v:.2f}" for k, v in result["common"][1:]) + " |"
+    for key, tokens in (("common", "its tokens"), ("by_colour", "its tokens of a colour")):
+        yield f"\nshare of a picture's deviation that is common to {tokens} (keys / values):\n"
+        yield from header(["prompt", *[f"layer {i}" for i in range(2, len(values_of(results)) + 1)]])
+        for kind, result in results.items():
+            yield f"| {kind} | " + " | ".join(f"{k:.2f} / {v:.2f}" for k, v in result[key][1:]) + " |"
     yield "\nsum rule, |together - sum| / |together| of the answers' logits (median of scenes):\n"
     yield from header(["prompt", "KL when all is reused", "others held", "tokens behind recomputed"])
     for kind, result in results.items():

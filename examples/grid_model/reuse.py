@@ -2,7 +2,8 @@
 
 Plain PyTorch in float32, one prompt at a time, for studies that an engine would only slow down. A pass does what the
 connector's does (`exec/recompute.py`, `exec/shift.py`): text and chosen tokens go through the layers together, over
-stored KV of the other tokens. Keys are kept as they are before rotation, where a position does not matter.
+stored KV of the other tokens, which may follow the change of the chosen ones. Keys are kept as they are before
+rotation, where a position does not matter.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from grid_model.words import VOCAB_SIZE
 from vlcache_connector.types import Run
 
 SPAN = TOKENS * TOKENS  # tokens of a picture
-Mean = Callable[[Tensor, Sequence[Run]], Tensor]
-"""From what recomputation changed at samples, [2, samples, heads, dim], and their runs, to what is added to the other
-tokens: [2, heads, dim].
+Follow = Callable[[Tensor, Tensor], Tensor]
+"""How each token of a picture follows the change that recomputation made to some of them: weights [SPAN, samples],
+given its entry [layers, 2, SPAN, heads, dim] and the samples' numbers [samples]. They serve all layers.
 """
 
 
@@ -116,23 +117,32 @@ def arranged(prompt: Prompt, entries: Sequence[Tensor], kv: Tensor) -> Tensor:
     return copy
 
 
+def stay(entry: Tensor, samples: Tensor) -> Tensor:
+    """Reused tokens keep their stored KV."""
+    return torch.zeros(SPAN, len(samples))
+
+
 def reuse(
     model: GridModel,
     prompt: Prompt,
     entries: Sequence[Tensor],
     recomputed: Sequence[Sequence[Run]],
-    mean: Mean | None = None,
+    follow: Follow = stay,
 ) -> Tensor:
-    """KV of a prompt whose pictures are reused but for the `recomputed` runs of each."""
+    """KV of a prompt whose pictures are reused but for the `recomputed` runs of each, which the others `follow`."""
     kv = arranged(prompt, entries, torch.zeros(LAYERS, 2, len(prompt.x), KV_HEADS, HEAD_DIM))
-    chosen = [span[tokens_of(runs)] for span, runs in zip(prompt.spans, recomputed, strict=True)]
+    samples = [tokens_of(runs) for runs in recomputed]
+    weights = [
+        follow(stored, tokens) if len(tokens) else stay(stored, tokens)
+        for stored, tokens in zip(entries, samples, strict=True)
+    ]
+    chosen = [span[tokens] for span, tokens in zip(prompt.spans, samples, strict=True)]
     rows = torch.cat([prompt.text, *chosen]).sort().values
 
     def move(stored: Tensor, fresh: Tensor) -> None:
-        for span, tokens, runs in zip(prompt.spans, chosen, recomputed, strict=True):
-            if mean is not None and runs:
-                change = fresh[:, torch.searchsorted(rows, tokens)] - stored[:, tokens]
-                stored[:, span] += mean(change, runs)[:, None]
+        for span, tokens, weight in zip(prompt.spans, chosen, weights, strict=True):
+            change = fresh[:, torch.searchsorted(rows, tokens)] - stored[:, tokens]
+            stored[:, span] += torch.einsum("ts,cshd->cthd", weight, change)
 
     compute(model, prompt, kv, rows, move)
     return kv

@@ -20,15 +20,13 @@ from grid_model.choices import METHODS
 from grid_model.reuse import load
 from grid_model.tally import Tally, lines
 
-RATIOS = (0.02, 0.05)
-
 
 def compare(
-    folder: Path, kinds: list[str], methods: list[str], scenes: int, questions: int
+    folder: Path, kinds: list[str], methods: list[str], ratios: list[float], scenes: int, questions: int
 ) -> dict[str, dict[str, Any]]:
     """Results by method (with its ratio) and kind; see `Tally.result`."""
     model = load(folder)
-    runs = {f"{name}, {ratio:.0%}": (name, ratio) for ratio in RATIOS for name in methods if name != "none"}
+    runs = {f"{name}, {ratio:.0%}": (name, ratio) for ratio in ratios for name in methods if name != "none"}
     runs = {"none": ("none", 0.0)} | runs
     results: dict[str, dict[str, Any]] = defaultdict(dict)
     for kind in kinds:
@@ -36,7 +34,7 @@ def compare(
         for case in cases(model, kind, scenes, questions):
             tallies["exact"].add(case.expected, case.expected)
             for title, (name, ratio) in runs.items():
-                tallies[title].add(case.expected, METHODS[name].answers(model, case, case.entries, ratio))
+                tallies[title].add(case.expected, METHODS[name].answers(model, case, ratio))
         for title, tally in tallies.items():
             results[title][kind] = tally.result()
         print(f"{kind}: {scenes} scenes, {scenes * questions} questions", flush=True)
@@ -50,11 +48,14 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=24, help="about each scene")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.02, 0.03, 0.05], metavar="RATIO")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = compare(options.checkpoint, options.kinds, options.methods, options.scenes, options.questions)
+    results = compare(
+        options.checkpoint, options.kinds, options.methods, options.ratios, options.scenes, options.questions
+    )
     for value, digits in (("right", 2), ("kl", 3)):
         print(f"\n{value}:\n", *lines(results, value, digits), sep="\n")
     if options.json:
