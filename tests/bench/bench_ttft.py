@@ -46,7 +46,7 @@ MODEL = {"hidden": 1024, "layers": 12, "vision_hidden": 512, "vision_depth": 8, 
 ENGINE = {
     "max_model_len": 16384,
     "max_num_batched_tokens": 16384,
-    "max_num_seqs": 4,
+    "max_num_seqs": 32,
     "limit_mm_per_prompt": {"image": 2, "video": 0},
     # One encoder block in eight attends to the whole picture, the others to windows, as in the released models.
     "hf_overrides": {"vision_config": {"fullatt_block_indexes": [7]}},
