@@ -1,10 +1,10 @@
-"""Reused tokens that each move by a change of their own, one layer at a time as a recompute pass loads them; `bench_ops.py` runs
-this.
+"""Reused tokens that each move by a change of their own, one layer at a time as a recompute pass loads them;
+`bench_ops.py` runs this.
 
 "load, turned" is load_rows with rotation alone, as other spans are loaded; "shift + load" is shift_rows into memory
 that stays and load_rows from there, with one change per token, as a matrix product leaves them; "in a pass" is all that
-exec/shift.py does for a layer, samples (2 % of the tokens, in 8 runs) compared and averaged. "memcpy" is PyTorch's copy
-of the same bytes. Pages and emptied caches as in bench_rows_op.py.
+exec/shift.py does for a layer, with 2 % of the tokens as samples. "memcpy" is PyTorch's copy of the same bytes. Pages
+and emptied caches as in bench_rows_op.py.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ def functions_of(case: Case, layout: str) -> dict[str, Callable[[], object]]:
     sampled = [Run(OFFSET + run.start, OFFSET + run.end) for run in Shifted().recompute(case.tokens, RATIO)]
     ends = [*(run.start for run in sampled[1:]), OFFSET + case.tokens]
     reused = [Run(run.end, end) for run, end in zip(sampled, ends, strict=True)]
-    firsts = [sum(map(len, sampled[:i])) for i in range(len(sampled))]
-    fresh = torch.randn(2, sum(map(len, sampled)), case.heads, case.dim, generator=generator).to(DTYPE)
+    samples = torch.tensor([token for run in sampled for token in range(run.start, run.end)])
+    fresh = torch.randn(2, len(samples), case.heads, case.dim, generator=generator).to(DTYPE)
     span = ShiftedSpan(pages, rope, OFFSET, entry, DELTA, reused)
-    in_a_pass = SpanShift(span, positions, block_ids, list(zip(firsts, sampled, strict=True)))
+    rows = torch.arange(len(samples))
+    in_a_pass = SpanShift(span, positions, block_ids, rows, samples)
     slots, turns = pages.slots(block_ids, reused, OFFSET, case.tokens), rope.turns(DELTA, pages.device)
     places = rope.places(positions[:, OFFSET:], pages.device)
     products = torch.randn(case.tokens, 2, case.heads, case.dim, generator=generator).to(DTYPE)
@@ -105,7 +106,7 @@ def functions_of(case: Case, layout: str) -> dict[str, Callable[[], object]]:
         "shift": of_all_layers(shift),
         "shift + load": of_all_layers(lambda layer: load(layer, shift(layer))),
         "in a pass": of_all_layers(lambda layer: in_a_pass.apply(layer, fresh[0], fresh[1])),
-        "begin": lambda: SpanShift(span, positions, block_ids, list(zip(firsts, sampled, strict=True))),
+        "begin": lambda: SpanShift(span, positions, block_ids, rows, samples),
     }
 
 
