@@ -9,6 +9,8 @@ from typing import Any
 
 from vlcache_connector.openai_api import first_model, report_of
 
+_MAX_RUNS = 6
+
 
 def ask(url: str, model: str | None, parts: Sequence[str | Path], ratio: float | None) -> dict[str, Any]:
     """The report of a chat request with these texts and image files, in order. Raises `ServerError`."""
@@ -42,4 +44,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _shown(runs: Sequence[Sequence[int]]) -> str:
-    return ", ".join(f"{start}-{end - 1}" for start, end in runs)
+    """The first few runs, and how much there is in all."""
+    shown = ", ".join(str(start) if end == start + 1 else f"{start}-{end - 1}" for start, end in runs[:_MAX_RUNS])
+    if len(runs) <= _MAX_RUNS:
+        return shown
+    return f"{sum(end - start for start, end in runs)} tokens in {len(runs)} runs ({shown}, ...)"

@@ -1,0 +1,34 @@
+"""Plans as `vlcache explain` shows them; a real server's are in e2e/test_serving.py."""
+
+from typing import Any
+
+from vlcache_connector.explain import lines
+
+SCATTERED = [[5, 6], [9, 10], [14, 17], [20, 21], [31, 32], [40, 41], [44, 46], [60, 61]]
+GAPS = [[6, 9], [10, 14], [17, 20], [21, 31], [32, 40], [41, 44], [46, 60], [61, 65]]
+
+
+def report(recomputed: list[list[int]], reused: list[list[int]]) -> dict[str, Any]:
+    counts = {f"{name}_tokens": 0 for name in ("prefix_cached", "reused", "recomputed", "computed")}
+    span = {"offset": 5, "length": 60, "is_known": True, "reused": reused, "recomputed": recomputed}
+    plan = {"covered": [0, 65], "spans": [span], "recomputed": [[0, 5], *recomputed]}
+    return counts | {"approximate": True, "plan": plan}
+
+
+def test_few_runs_are_all_shown() -> None:
+    assert "image 0    tokens 5-64: recomputed 5, 9-10; reused 6-8, 11-64" in list(
+        lines(report([[5, 6], [9, 11]], [[6, 9], [11, 65]]))
+    )
+
+
+def test_of_many_runs_the_first_are_shown_and_all_are_counted() -> None:
+    shown = list(lines(report(SCATTERED, GAPS)))
+    assert (
+        "image 0    tokens 5-64: recomputed 11 tokens in 8 runs (5, 9, 14-16, 20, 31, 40, ...); "
+        "reused 49 tokens in 8 runs (6-8, 10-13, 17-19, 21-30, 32-39, 41-43, ...)"
+    ) in shown
+    assert "recomputed 16 tokens in 9 runs (0-4, 5, 9, 14-16, 20, 31, ...), in every layer" in shown
+
+
+def test_a_span_without_recomputed_tokens_says_so() -> None:
+    assert "image 0    tokens 5-64: recomputed none; reused 5-64" in list(lines(report([], [[5, 65]])))
