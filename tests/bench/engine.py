@@ -40,6 +40,7 @@ class Measured:
     engine_s: float  # from the scheduler's queue to the first token
     wall_s: float  # `LLM.generate`
     num_prompt_tokens: int
+    num_cached_tokens: int  # as vLLM counts: from its prefix cache and from a connector
     accounting: dict[str, Any]
     encoder_runs: int
     encoder_s: float
@@ -82,10 +83,13 @@ class Engine:
     def forget_encoder_outputs(self) -> None:
         self.llm.llm_engine.reset_encoder_cache()
 
-    def ask(self, text: str, images: Sequence[Any], vlcache: Mapping[str, Any], salt: str | None = None) -> Measured:
+    def ask(
+        self, text: str, images: Sequence[Any], vlcache: Mapping[str, Any] | None, salt: str | None = None
+    ) -> Measured:
+        """`vlcache` is what the request asks of the connector, None in an engine without it."""
         from vllm import SamplingParams
 
-        extra = {"kv_transfer_params": {"vlcache": dict(vlcache)}}
+        extra = {"kv_transfer_params": {"vlcache": dict(vlcache)}} if vlcache is not None else None
         sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, extra_args=extra)
         prompt: dict[str, Any] = {"prompt": text, "multi_modal_data": {"image": list(images)}}
         if salt is not None:
@@ -98,7 +102,8 @@ class Engine:
             output.metrics.first_token_ts - output.metrics.queued_ts,
             wall_s,
             len(output.prompt_token_ids),
-            output.kv_transfer_params["vlcache"],
+            output.num_cached_tokens,
+            output.kv_transfer_params["vlcache"] if vlcache is not None else {},
             sum(run["num_encoder_calls"] for run in encoder),
             sum(run["encoder_forward_secs"] for run in encoder),
         )
