@@ -2,7 +2,7 @@
 PYTHON := .ci/setup.sh
 
 .PHONY: help setup demo test check cuda sanitize soak gpu clean
-.PHONY: bench bench-ops bench-decode bench-disk bench-snapshot bench-turns bench-tenants
+.PHONY: bench bench-ops bench-decode bench-disk bench-snapshot bench-turns bench-tenants bench-systems
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 8
@@ -32,6 +32,9 @@ sanitize: ## run the tests of the operations under AddressSanitizer and Undefine
 
 bench: ## measure time to first token with and without reuse
 	@$(PYTHON) tests/bench/bench_ttft.py
+
+bench-systems: ## measure the connector beside its alternatives: sizes, a workload, LMCache on text (25 minutes)
+	@$(PYTHON) tests/bench/bench_systems.py
 
 bench-ops: ## measure the operations on the CPU, beside memcpy and the engine's attention
 	@$(PYTHON) tests/bench/bench_ops.py
