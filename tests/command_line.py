@@ -1,9 +1,11 @@
 """How tests run `vlcache`, and processes that it can ask."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,4 +22,6 @@ def process_of(runtime: Path, *arguments: object, **streams: Any) -> subprocess.
     environment = {**ENVIRONMENT, "VLCACHE_RUNTIME_DIR": str(runtime)}
     command = [sys.executable, "-c", RUN, *map(str, arguments)]
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    return subprocess.Popen(command, env=environment, text=True, **streams)
+    # Whoever runs the tests in the background may have had interrupts ignored, which processes inherit.
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=environment, text=True, preexec_fn=interruptible, **streams)
