@@ -109,6 +109,7 @@ class ReusePlan:
 
 
 MAX_ORDERED = 128
+"""Part of the layout of entries. What a policy takes beyond it is spread over the span."""
 
 
 def num_ordered(length: int) -> int:
