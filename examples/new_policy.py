@@ -2,8 +2,8 @@
 
     python examples/new_policy.py
 
-A policy is a class with a name and one method; the option `policy` names it as `module:Class`. The module must be
-importable where the engine runs. For a server:
+A policy is a subclass of `Policy` with a name and one method; the option `policy` names it as `module:Class`. The module
+must be importable where the engine runs. For a server:
 
     PYTHONPATH=examples vllm serve MODEL --kv-transfer-config '{... "kv_connector_extra_config":
         {"policy": "new_policy:Ends"}}'
@@ -22,14 +22,14 @@ from collections.abc import Sequence
 from offline import GRID_MODEL, GRID_QUESTIONS, ask, grid_pictures, message, start
 from savings import Savings
 
+from vlcache_connector.policy import Policy
 from vlcache_connector.types import Run
 
 
-class Ends:
+class Ends(Policy):
     """Recomputes both ends of each picture: the first tokens, and half as many of the last."""
 
     name = "ends"
-    shifts = False  # the tokens between them stay as they are
 
     def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
         first = math.ceil(length * ratio * 2 / 3)

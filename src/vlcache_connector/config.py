@@ -2,13 +2,14 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 from vlcache_connector.errors import OptionError
-from vlcache_connector.policy import POLICIES, policy_of
-from vlcache_connector.types import KINDS, MODALITIES, Mode
+from vlcache_connector.policy import NAMES, policies_of
+from vlcache_connector.types import KINDS, MODALITIES, Mode, Ratio
 
 ATTENTION = ("engine", "vlcache", "xformers")
 EVICTION = ("lru", "cost")
@@ -25,12 +26,15 @@ class Options:
     mode: Mode = Mode.REUSE
     """The most that a request may ask for: "reuse"; "exact"; "off" switches everything off, whatever requests say."""
     policy: str = DEFAULT_POLICY
-    """Which tokens of a reused span are recomputed: one of `POLICIES`, or "module:Class" of your own."""
+    """Which tokens of a reused span are recomputed: one of `NAMES`, or "module:Class" of your own."""
     recompute_ratio: float = DEFAULT_RATIO
     """Share of a span's tokens to recompute, in [0, 1]; at least one token is recomputed when it is above 0."""
     recompute_tokens: int | None = None
     """Most tokens of one span to recompute, whatever the ratio; None: no limit. The policy `full` knows none either,
-    and `shifted` takes eight at least."""
+    and `shifted` takes twelve at least."""
+    profile: str | None = None
+    """File that says how the layers of this model share what is recomputed, for the policy "layered"; made by
+    `vlcache calibrate`."""
     host_gib: float = 4.0
     """GiB of host memory for entries, in each worker process."""
     disk_path: str | None = None
@@ -77,9 +81,10 @@ class Options:
     def __post_init__(self) -> None:
         _check("mode", self.mode, lambda v: v in list(Mode), f"one of {[str(m) for m in Mode]}")
         object.__setattr__(self, "mode", Mode(self.mode))
-        policies = f"one of {sorted(POLICIES)} or 'module:Class'"
-        _check("policy", self.policy, lambda v: isinstance(v, str) and (v in POLICIES or ":" in v), policies)
-        policy_of(self.policy)
+        policies = f"one of {sorted(NAMES)} or 'module:Class'"
+        _check("policy", self.policy, lambda v: isinstance(v, str) and (v in NAMES or ":" in v), policies)
+        _check("profile", self.profile, _is_path, "a file's path")
+        policies_of(self.policy, self.profile)
         _check("recompute_ratio", self.recompute_ratio, _is_ratio, "a number from 0 to 1")
         _check("recompute_tokens", self.recompute_tokens, lambda v: v is None or _is_count(v), "a whole number from 1")
         _check("host_gib", self.host_gib, lambda v: _is_number(v) and 0 < v < math.inf, "a number above 0 (GiB)")
@@ -121,7 +126,8 @@ class RequestOptions:
 
     mode: Mode = Mode.REUSE
     policy: str = DEFAULT_POLICY
-    recompute_ratio: float = DEFAULT_RATIO
+    recompute_ratio: Ratio = DEFAULT_RATIO
+    """A number, or a list with one for each layer, none above the one before."""
     explain: bool = False
     """Whether the response carries the plan as well."""
 
@@ -140,11 +146,12 @@ class RequestOptions:
         ratio = raw.get("recompute_ratio", engine.recompute_ratio)
         explain = raw.get("explain", False)
         _check("mode", mode, lambda v: v in list(Mode), f"one of {[str(m) for m in Mode]}")
-        known = sorted({*POLICIES, engine.policy})  # a client must not name modules to import
+        policies = policies_of(engine.policy, engine.profile)  # a client must not name modules to import
+        known = sorted(policies)
         _check("policy", policy, lambda v: isinstance(v, str) and v in known, f"one of {known}")
-        _check("recompute_ratio", ratio, _is_ratio, "a number from 0 to 1")
         _check("explain", explain, lambda v: isinstance(v, bool), "true or false")
-        return cls(max(Mode(mode), engine.mode, key=list(Mode).index), policy, float(ratio), explain)
+        ratio = _ratio(ratio, takes_list=policies[policy].measure is None)
+        return cls(max(Mode(mode), engine.mode, key=list(Mode).index), policy, ratio, explain)
 
 
 def _check_keys(where: str, keys: Iterable[Any], known: list[str], noun: str = "option") -> None:
@@ -171,6 +178,19 @@ def _is_count(value: Any) -> bool:
 
 def _is_ratio(value: Any) -> bool:
     return _is_number(value) and 0.0 <= value <= 1.0
+
+
+def _ratio(value: Any, takes_list: bool) -> Ratio:
+    """Of a request."""
+    if takes_list and isinstance(value, list) and value and all(map(_is_ratio, value)) and _goes_down(value):
+        return tuple(map(float, value))
+    lists = ", or a list with one for each layer, none above the one before" if takes_list else ""
+    _check("recompute_ratio", value, _is_ratio, f"a number from 0 to 1{lists}")
+    return float(value)
+
+
+def _goes_down(values: Sequence[float]) -> bool:
+    return all(b <= a for a, b in pairwise(values))
 
 
 def _is_path(value: Any) -> bool:

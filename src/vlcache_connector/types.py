@@ -71,13 +71,47 @@ class Span:
         return Run(self.offset, self.end)
 
 
+Ratio = float | tuple[float, ...]
+"""Share of a span's tokens: the same in all layers, or one for each layer."""
+
+
+class Measure(StrEnum):
+    """What a pass can see of recomputed tokens that tells which of them to go on with."""
+
+    DEVIATION = "deviation"  # how far their fresh KV is from the stored one
+    ATTENTION = "attention"  # how much the question looks at them
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowing:
+    """From `layer` on, fewer of a span's tokens are recomputed: the `count` of `runs`, or of those that the pass finds
+    worth it, where only a measure tells.
+    """
+
+    layer: int
+    count: int
+    runs: tuple[Run, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class SpanPlan:
-    """The part of a plan that concerns one span: absolute runs of reused and of recomputed tokens."""
+    """The part of a plan that concerns one span: absolute runs of reused and of recomputed tokens.
+
+    `recomputed` holds before the first layer. Where fewer tokens are recomputed in deeper ones, `reused` holds all that
+    some layer takes from the entry.
+    """
 
     span: Span
     reused: tuple[Run, ...]
     recomputed: tuple[Run, ...]
+    narrowings: tuple[Narrowing, ...] = ()
+
+    def num_dropped(self, num_layers: int) -> float:
+        """How many of the recomputed tokens are not any more, on average over the layers."""
+        edges = [*(narrowing.layer for narrowing in self.narrowings), num_layers]
+        first = sum(len(run) for run in self.recomputed)
+        layers = zip(self.narrowings, edges[1:], strict=True)
+        return sum((first - one.count) * (end - one.layer) for one, end in layers) / num_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +119,8 @@ class ReusePlan:
     """Which tokens of the covered range [start, end) are reused and which are recomputed; the rest is the engine's.
 
     `recomputed` holds every token of the range that is not reused, in order: text, separators, and chosen span tokens.
-    With `shifts`, reused tokens follow the change of the recomputed ones of their span (`exec.shift`).
+    With `shifts`, reused tokens follow the change of the recomputed ones of their span (`exec.shift`). `measure` is
+    that of narrowings without runs. A token that is recomputed in half of the layers counts as half of one.
     """
 
     start: int
@@ -93,14 +128,22 @@ class ReusePlan:
     spans: tuple[SpanPlan, ...]
     recomputed: tuple[Run, ...]
     shifts: bool = False
+    measure: Measure | None = None
+    num_layers: int = 1
 
     @property
     def num_reused(self) -> int:
-        return sum(len(run) for part in self.spans for run in part.reused)
+        return self.end - self.start - self.num_recomputed
 
     @property
     def num_recomputed(self) -> int:
-        return sum(len(run) for run in self.recomputed)
+        dropped = sum(part.num_dropped(self.num_layers) for part in self.spans)
+        return round(sum(len(run) for run in self.recomputed) - dropped)
+
+    @property
+    def keeps_spans_whole(self) -> bool:
+        """Whether what becomes of a span's tokens depends on others of them: they are dealt with at once."""
+        return self.shifts or any(part.narrowings for part in self.spans)
 
     @property
     def first_reused(self) -> int | None:

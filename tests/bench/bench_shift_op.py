@@ -21,7 +21,8 @@ from bench.interleaved import Ratio, ratio, times_in_turns
 from bench.results import say, table
 from vlcache_connector.exec.pages import CacheUpdate, PagedLayer, Pages
 from vlcache_connector.exec.rope import Rope
-from vlcache_connector.exec.shift import ShiftedSpan, SpanShift
+from vlcache_connector.exec.shift import SpanShift
+from vlcache_connector.exec.stored import StoredSpan
 from vlcache_connector.kernels.ops import load_rows, shift_rows
 from vlcache_connector.policy.shifted import Shifted
 from vlcache_connector.types import Run
@@ -82,9 +83,15 @@ def functions_of(case: Case, layout: str) -> dict[str, Callable[[], object]]:
     reused = [Run(run.end, end) for run, end in zip(sampled, ends, strict=True)]
     samples = torch.tensor([token for run in sampled for token in range(run.start, run.end)])
     fresh = torch.randn(2, len(samples), case.heads, case.dim, generator=generator).to(DTYPE)
-    span = ShiftedSpan(pages, rope, OFFSET, entry, DELTA, reused)
+    span = StoredSpan(pages, rope, OFFSET, entry, DELTA, reused)
     rows = torch.arange(len(samples))
-    in_a_pass = SpanShift(span, positions, block_ids, rows, samples)
+
+    def begin() -> SpanShift:
+        shift = SpanShift(span, positions, block_ids)
+        shift.take(rows, samples)
+        return shift
+
+    in_a_pass = begin()
     slots, turns = pages.slots(block_ids, reused, OFFSET, case.tokens), rope.turns(DELTA, pages.device)
     places = rope.places(positions[:, OFFSET:], pages.device)
     products = torch.randn(case.tokens, 2, case.heads, case.dim, generator=generator).to(DTYPE)
@@ -106,7 +113,7 @@ def functions_of(case: Case, layout: str) -> dict[str, Callable[[], object]]:
         "shift": of_all_layers(shift),
         "shift + load": of_all_layers(lambda layer: load(layer, shift(layer))),
         "in a pass": of_all_layers(lambda layer: in_a_pass.apply(layer, fresh[0], fresh[1])),
-        "begin": lambda: SpanShift(span, positions, block_ids, rows, samples),
+        "begin": begin,
     }
 
 

@@ -14,8 +14,9 @@ import torch
 
 from vlcache_connector.exec.batch import PassLimits, VirtualBatch
 from vlcache_connector.exec.model import Prompt
-from vlcache_connector.exec.recompute import FreshKV, Recompute, SequenceInput
+from vlcache_connector.exec.recompute import FreshKV, Queries, Recompute
 from vlcache_connector.exec.rope import Rope
+from vlcache_connector.exec.sequence import SequenceInput
 from vlcache_connector.types import Run
 
 CPU = torch.device("cpu")
@@ -122,7 +123,9 @@ class PagedStack:
         self._open: VirtualBatch | None = None
 
     @contextmanager
-    def attention(self, batch: VirtualBatch, fresh_kv: FreshKV | None = None) -> Iterator[None]:
+    def attention(
+        self, batch: VirtualBatch, fresh_kv: FreshKV | None = None, queries: Queries | None = None
+    ) -> Iterator[None]:
         self.batches.append(batch)
         self._open = batch
         yield
@@ -330,7 +333,9 @@ class Recorder:
     calls: list[tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (layer, positions, rows)
 
     @contextmanager
-    def attention(self, batch: VirtualBatch, fresh_kv: FreshKV | None = None) -> Iterator[None]:
+    def attention(
+        self, batch: VirtualBatch, fresh_kv: FreshKV | None = None, queries: Queries | None = None
+    ) -> Iterator[None]:
         self.batches.append(batch)
         yield
 

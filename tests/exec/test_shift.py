@@ -17,9 +17,10 @@ from exec.test_recompute import LEVELS, NUM_LAYERS, WIDTH, Decoder, PagedStack, 
 from vlcache_connector.exec.batch import VirtualBatch
 from vlcache_connector.exec.content import MAX_FITTED
 from vlcache_connector.exec.pages import PagedLayer, Pages
-from vlcache_connector.exec.recompute import FreshKV
+from vlcache_connector.exec.recompute import FreshKV, Queries
 from vlcache_connector.exec.rope import Rope
-from vlcache_connector.exec.shift import ShiftedSpan, SpanShift
+from vlcache_connector.exec.shift import SpanShift
+from vlcache_connector.exec.stored import StoredSpan
 from vlcache_connector.types import Run
 
 OFFSET, DELTA = 2, 5
@@ -66,7 +67,7 @@ class Scene:
         self.entry[:, 0] = self.turned(self.plain[:, 0], self.positions[:, OFFSET:] - DELTA)
         self.samples, self.changes = torch.tensor(samples), changes.expand(-1, -1, len(samples), -1, -1)
         self.others = [token for token in range(length) if token not in {*samples, *left_out}]
-        self.span = ShiftedSpan(self.pages, self.rope, OFFSET, self.entry, DELTA, runs_of(self.others))
+        self.span = StoredSpan(self.pages, self.rope, OFFSET, self.entry, DELTA, runs_of(self.others))
 
     def turned(self, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Keys [layers, tokens, heads, dim] by complex multiplication in double precision."""
@@ -81,7 +82,8 @@ class Scene:
         """All layers of a pass; returns keys and values [layers, 2, tokens, heads, dim] of the reused tokens."""
         # Rows of somebody else's stand before, between and behind those of the samples.
         rows = 1 + 2 * torch.arange(len(self.samples))
-        shift = SpanShift(self.span, self.positions, self.block_ids, rows, OFFSET + self.samples)
+        shift = SpanShift(self.span, self.positions, self.block_ids)
+        shift.take(rows, OFFSET + self.samples)
         for layer in range(LAYERS):
             fresh = self.plain[layer][:, self.samples] + self.changes[layer]
             keys, values = torch.full((2, 2 * len(rows) + 1, HEADS, DIM), torch.nan)
@@ -246,7 +248,9 @@ class TellingStack(PagedStack):
     damaged: int | None = None  # this row of each pass
 
     @contextmanager
-    def attention(self, batch: VirtualBatch, fresh_kv: FreshKV | None = None) -> Iterator[None]:
+    def attention(
+        self, batch: VirtualBatch, fresh_kv: FreshKV | None = None, queries: Queries | None = None
+    ) -> Iterator[None]:
         self._fresh_kv = fresh_kv
         with super().attention(batch, fresh_kv):
             yield
@@ -281,7 +285,7 @@ class Two:
         self.pages = pages_of(halves((BLOCK_SIZE, self.heads, dim)), 8, NUM_LAYERS)
         self.requests = [request_of(0, [0, 1, 2, 3]), request_of(1, [4, 5, 6, 7])]
         rope, shape = Rope(torch.ones(dim // 2), True), (NUM_LAYERS, 2, LENGTH, self.heads, dim)
-        self.spans = [ShiftedSpan(self.pages, rope, OFFSET, randn(*shape, seed=n), 0, REUSED) for n in range(2)]
+        self.spans = [StoredSpan(self.pages, rope, OFFSET, randn(*shape, seed=n), 0, REUSED) for n in range(2)]
 
     def run(self, damaged: int | None = None) -> list[torch.Tensor]:
         """What the pages hold of the reused tokens of each: [layers, 2, tokens, heads, dim]."""
@@ -365,7 +369,7 @@ def test_reused_tokens_that_no_layer_loaded_are_an_error() -> None:
     """An attention that does not call back between KV update and attention: the pages would hold something else."""
     request = request_of(4, [0, 1, 2, 3])
     entry, whole = torch.zeros(NUM_LAYERS, 2, LENGTH, HEADS, DIM), Run(OFFSET, OFFSET + LENGTH)
-    span = ShiftedSpan(pages_of(halves(), 9), Rope(torch.ones(3), True), OFFSET, entry, 0, REUSED)
+    span = StoredSpan(pages_of(halves(), 9), Rope(torch.ones(3), True), OFFSET, entry, 0, REUSED)
     sequence = replace(request.input([Run(0, 4), *SAMPLES[1:]]), whole=(whole,), shifted={whole: span})
     PagedStack(Decoder(torch.float64)).recompute([sequence])
     assert "reused tokens are missing" in str(span.error)

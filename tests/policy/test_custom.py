@@ -6,15 +6,15 @@ import pytest
 
 from vlcache_connector.config import Options
 from vlcache_connector.errors import OptionError
-from vlcache_connector.policy import POLICIES, policy_of
+from vlcache_connector.policy import POLICIES, Policy, policies_of
 from vlcache_connector.types import Run
 
 MODULE = """
+from vlcache_connector.policy import Policy
 from vlcache_connector.types import Run
 
-class Last:
+class Last(Policy):
     name = "last"
-    shifts = False
     def recompute(self, length, ratio, order=()):
         count = round(ratio * length)
         return (Run(length - count, length),) if count else ()
@@ -43,6 +43,16 @@ class BeyondWithContent(Last):
     def recompute(self, length, ratio, order=()):
         return (Run(0, length + len(order)),)
 
+class Stranger:
+    name = "stranger"
+    shifts = False
+    measure = None
+    def recompute(self, length, ratio, order=()):
+        return ()
+
+class Abstract(Policy):
+    name = "abstract"
+
 class WithoutContent(Last):
     def recompute(self, length, ratio):
         return ()
@@ -51,6 +61,10 @@ class Raising(Last):
     def recompute(self, length, ratio, order=()):
         raise ZeroDivisionError("no")
 """
+
+
+def policy_of(option: str) -> Policy:
+    return policies_of(option, None)[option]
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +102,8 @@ def test_names_of_the_table_are_not_looked_for_elsewhere() -> None:
         ("policies_of_a_user:Empty", "non-empty"),
         ("policies_of_a_user:BeyondWithContent", "recompute(1, 0.0) gives (Run(start=0, end=2),)"),
         ("policies_of_a_user:WithoutContent", "takes 3 positional arguments but 4 were given"),
+        ("policies_of_a_user:Stranger", "inherit from vlcache_connector.policy.Policy"),
+        ("policies_of_a_user:Abstract", "abstract method"),
         ("policies_of_a_user:Nameless", "name is not a string"),
         ("policies_of_a_user:Raising", "ZeroDivisionError: no"),
     ],

@@ -18,9 +18,10 @@ from vlcache_connector.engine.metadata import SpanLoad
 from vlcache_connector.exec.batch import PassLimits
 from vlcache_connector.exec.model import Prompt
 from vlcache_connector.exec.pages import Pages
-from vlcache_connector.exec.recompute import Recompute, SequenceInput
+from vlcache_connector.exec.recompute import Recompute
 from vlcache_connector.exec.rope import position_delta
-from vlcache_connector.exec.shift import ShiftedSpan
+from vlcache_connector.exec.sequence import SequenceInput
+from vlcache_connector.exec.stored import StoredSpan
 from vlcache_connector.exec.transfer import load_runs
 from vlcache_connector.types import Run
 
@@ -77,13 +78,13 @@ class Replay:
             before = Run(0, job.start)
             write_rows(self._pages, self._blocks, before, read_rows(live, job.block_ids, before))
         positions = stack.positions(job.prompt)
-        shifted: dict[Run, ShiftedSpan] = {}
+        shifted: dict[Run, StoredSpan] = {}
         for span in job.spans:
             wanted = positions[:, span.offset : span.offset + span.length]
             delta = position_delta(slab.positions(span.kv, span.length), wanted)
             entry = slab.kv(span.kv, span.length)
             if job.is_shifted(span):
-                shifted[span.run] = ShiftedSpan(self._pages, stack.rope, span.offset, entry, delta, span.reused)
+                shifted[span.run] = StoredSpan(self._pages, stack.rope, span.offset, entry, delta, span.reused)
             else:
                 load_runs(self._pages, stack.rope, entry, span.offset, delta, span.reused, self._blocks)
         embeddings = [(s.offset, slab.embedding(s.embedding, s.length)) for s in job.spans]
@@ -121,10 +122,12 @@ class Replay:
         positions: torch.Tensor,
         runs: Sequence[Run],
         embeddings: list[tuple[int, torch.Tensor]],
-        shifted: Mapping[Run, ShiftedSpan] | None = None,
+        shifted: Mapping[Run, StoredSpan] | None = None,
     ) -> None:
         token_ids, spans = torch.tensor(prompt.token_ids, dtype=torch.int64), shifted or {}
-        sequence = SequenceInput(token_ids, positions, self._blocks, runs, embeddings, tuple(spans), spans)
+        sequence = SequenceInput(
+            token_ids, positions, self._blocks, runs, embeddings, whole=tuple(spans), shifted=spans
+        )
         with self._in_place():
             self._pass.run([sequence])
 

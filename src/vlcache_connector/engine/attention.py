@@ -15,7 +15,7 @@ from vlcache_connector.errors import OptionError
 from vlcache_connector.exec.attention import PASS_ATTENTION, PassAttention
 from vlcache_connector.exec.batch import VirtualBatch
 from vlcache_connector.exec.pages import Pages
-from vlcache_connector.exec.recompute import FreshKV
+from vlcache_connector.exec.recompute import FreshKV, Queries
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,7 +54,9 @@ class AttentionContexts:
             self._replacement = PASS_ATTENTION[attention](pages)
 
     @contextmanager
-    def __call__(self, batch: VirtualBatch, fresh_kv: FreshKV | None = None) -> Iterator[None]:
+    def __call__(
+        self, batch: VirtualBatch, fresh_kv: FreshKV | None = None, queries: Queries | None = None
+    ) -> Iterator[None]:
         """The context of one pass. Layers run eagerly in it, also when the engine compiles its model."""
         metadata = self._engine_metadata(batch) if self._replacement is None else batch
         with ExitStack() as opened:
@@ -67,9 +69,9 @@ class AttentionContexts:
                     skip_compiled=True,
                 )
             )
-            if self._replacement is not None or fresh_kv is not None:
+            if any(each is not None for each in (self._replacement, fresh_kv, queries)):
                 for number, layer in enumerate(self._layers):
-                    impl = _PassImpl(layer.impl, number, batch, self._replacement, fresh_kv)
+                    impl = _PassImpl(layer.impl, number, batch, self._replacement, fresh_kv, queries)
                     opened.enter_context(_replaced(layer, impl))
             yield
 
@@ -93,17 +95,24 @@ class AttentionContexts:
 
 class _PassImpl:
     """Stands in for the implementation of an attention layer during a pass: the engine's KV update, which `fresh_kv`
-    hears of, and the engine's attention or `attend` in its place.
+    hears of, and the engine's attention or `attend` in its place, before which `queries` hears.
     """
 
     def __init__(
-        self, engine: Any, layer: int, batch: VirtualBatch, attend: PassAttention | None, fresh_kv: FreshKV | None
+        self,
+        engine: Any,
+        layer: int,
+        batch: VirtualBatch,
+        attend: PassAttention | None,
+        fresh_kv: FreshKV | None,
+        queries: Queries | None,
     ) -> None:
         self._engine = engine
         self._layer = layer
         self._batch = batch
         self._attend = attend
         self._fresh_kv = fresh_kv
+        self._queries = queries
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -127,6 +136,8 @@ class _PassImpl:
         *others: Any,
         **named: Any,
     ) -> torch.Tensor:
+        if self._queries is not None:
+            self._queries(self._layer, query)
         if self._attend is None:
             attended: torch.Tensor = self._engine.forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *others, **named

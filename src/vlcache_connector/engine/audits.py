@@ -23,9 +23,8 @@ from vlcache_connector.exec.audit import Drift
 from vlcache_connector.exec.model import Prompt
 from vlcache_connector.plan.drift import Change, DriftGuard, steps_of
 from vlcache_connector.plan.planner import plan_reuse
-from vlcache_connector.policy import policy_of
 from vlcache_connector.store.host import HostEntry
-from vlcache_connector.types import ReusePlan, Run, Span
+from vlcache_connector.types import Measure, Ratio, ReusePlan, Run, Span
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -43,7 +42,7 @@ class _Waiting:
     prompt: Prompt  # to its end
     spans: tuple[Span, ...]
     covered: Run  # by the request's plan; what stands before was computed
-    own: tuple[str, float] | None  # policy and ratio, where the request chose them itself
+    own: tuple[str, Ratio] | None  # policy and ratio, where the request chose them itself
 
 
 class Audits:
@@ -53,7 +52,7 @@ class Audits:
         self._session = session
         self._max_tokens = _MAX_PASSES * max_pass_tokens
         engine = session.options
-        self._guard = DriftGuard(steps_of(policy_of(engine.policy), engine.recompute_ratio), engine.audit_kl)
+        self._guard = DriftGuard(steps_of(session.policies[engine.policy], engine.recompute_ratio), engine.audit_kl)
         self._queue: deque[_Waiting] = deque()
         self._open: dict[int, int | None] = {}  # job -> level of the guard that it is to hear of
         self._pool: BlockPool | None = None
@@ -169,9 +168,10 @@ class Audits:
         covered = waiting.covered
         known = [span.offset < covered.end for span in waiting.spans]
         num_tokens = len(waiting.prompt.token_ids)
-        limit = self._session.options.recompute_tokens
-        orders = self._session.orders(waiting.spans)
-        plan = plan_reuse(waiting.spans, known, num_tokens, covered.start, policy_of(policy), ratio, 1, limit, orders)
+        session, spans = self._session, waiting.spans
+        limit, num_layers = session.options.recompute_tokens, session.layout.num_layers
+        chosen, orders = session.policies[policy], session.orders(spans)
+        plan = plan_reuse(spans, known, num_tokens, covered.start, chosen, ratio, 1, limit, orders, num_layers)
         return plan if isinstance(plan, ReusePlan) and plan.num_reused > 0 else None
 
     def _entries(self, waiting: _Waiting, plan: ReusePlan) -> list[tuple[HostEntry | None, HostEntry]] | None:
@@ -260,7 +260,7 @@ def _job(
     for part in plan.spans:
         span, (kv, embedding) = part.span, found.pop(part.span)
         assert kv is not None
-        loads.append(SpanLoad(span.offset, span.length, kv.extent, embedding.extent, part.reused))
+        loads.append(SpanLoad(span.offset, span.length, kv.extent, embedding.extent, part.reused, part.narrowings))
     end = len(waiting.prompt.token_ids)
     computed = (Run(0, plan.start), *plan.recomputed, Run(plan.end, end))
     piece = ReusePiece(
@@ -272,6 +272,8 @@ def _job(
         tuple(run for run in computed if len(run)),
         is_last=True,
         shifts=plan.shifts,
+        measure=plan.measure,
+        question=Run(plan.end, end) if plan.measure is Measure.ATTENTION and end > plan.end else None,
     )
     others = tuple((span.offset, span.length, embedding.extent) for span, (_, embedding) in found.items())
     return AuditJob(piece, others, waiting.request_id)

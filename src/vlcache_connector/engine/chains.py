@@ -22,7 +22,7 @@ class Chains:
         if not self._has_prefix_cache or not state.spans:
             return
         candidates = sorted({span.offset // self._block_size for span in state.spans})
-        settings = state.options.policy, state.options.recompute_ratio
+        settings = state.namespace
         start = namespace.cached_chain_start(state.request, candidates, pool, *settings)
         if start is not None:
             state.chain = namespace.enter(state.request, start, *settings)
@@ -36,8 +36,7 @@ class Chains:
             return True
         span = next(part.span for part in state.plan.spans if part.reused)
         first_block = max(span.offset, num_local) // self._block_size
-        options = state.options
-        state.chain = namespace.enter(state.request, first_block, options.policy, options.recompute_ratio)
+        state.chain = namespace.enter(state.request, first_block, *state.namespace)
         return state.chain is not None
 
     def leave_unused(self, state: RequestState, num_local: int) -> None:

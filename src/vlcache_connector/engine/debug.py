@@ -55,7 +55,7 @@ def launching(metadata: VLCacheMetadata) -> None:
 
 def _words(state: "RequestState") -> Iterator[str]:
     report = state.report()
-    yield f"mode={report['mode']} ratio={state.options.recompute_ratio:g} prompt={state.request.num_prompt_tokens}"
+    yield f"mode={report['mode']} ratio={state.options.recompute_ratio} prompt={state.request.num_prompt_tokens}"
     yield from (f"{kind}={report[f'{kind}_tokens']}" for kind in ("prefix_cached", "reused", "recomputed", "computed"))
     yield f"spans={len(state.spans)} known={sum(state.available)} tier={report['tier']} reason={report.get('reason')}"
     yield f"approximate={report['approximate']} load={state.load or 'none'}"

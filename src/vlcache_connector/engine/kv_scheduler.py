@@ -5,6 +5,7 @@ Order of calls in one engine step (vLLM's scheduler): `get_num_new_matched_token
 each waiting request, then `build_connector_meta` once; after the workers ran, `update_connector_output`.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -19,7 +20,6 @@ from vlcache_connector.engine.saves import SavePlanner
 from vlcache_connector.engine.session import SchedulerSession, locked
 from vlcache_connector.plan.costs import estimate
 from vlcache_connector.plan.planner import plan_reuse
-from vlcache_connector.policy import POLICIES, policy_of
 from vlcache_connector.types import Mode, Reason, ReusePlan, Span
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ class VLCacheScheduler:
         self._session = session
         self._session.has_kv, self._session.unsupported = True, unsupported
         self._options = session.options
-        self._policies = {**POLICIES, self._options.policy: policy_of(self._options.policy)}
         self._block_size = block_size
         has_prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
         self._chains = Chains(block_size, has_prefix_cache)
@@ -64,7 +63,7 @@ class VLCacheScheduler:
 
     @locked
     def on_new_request(self, request: "Request") -> None:
-        state = describe(request, self._session.keys, self._audits.options)
+        state = describe(request, self._session.keys, self._audits.options, self._session.layout.num_layers)
         state.is_suspended = self._audits.is_off
         self._states[request.request_id] = state
         if state.declined is not None:
@@ -118,10 +117,10 @@ class VLCacheScheduler:
             self._session.fetches.release(request.request_id)
             return
         assert isinstance(plan, ReusePlan) and num_external == plan.end - plan.start
-        prompt = state.prompt(plan.spans[-1].span.end)
-        state.load = self._loads.add(
-            request.request_id, prompt, block_ids, plan, lambda error: self._loaded(state, plan, error)
-        )
+        question = state.question(plan)
+        prompt = state.prompt(question.end if question is not None else plan.spans[-1].span.end)
+        done = partial(self._loaded, state, plan)
+        state.load = self._loads.add(request.request_id, prompt, block_ids, plan, done, question)
         state.is_approximate = state.is_approximate or plan.first_reused is not None
         self._hold_embeddings(state, plan)
         state.tier = self._session.fetches.tier(request.request_id)
@@ -228,11 +227,12 @@ class VLCacheScheduler:
             state.available,
             state.request.num_tokens,
             num_local,
-            self._policies[state.options.policy],
+            self._session.policies[state.options.policy],
             state.options.recompute_ratio,
             self._options.min_reuse_tokens,
             self._options.recompute_tokens,
             self._session.orders(state.spans),
+            self._session.layout.num_layers,
         )
         if isinstance(plan, ReusePlan):
             state.unused = plan if self._audits.is_raised else None

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 
 from vlcache_connector.engine import debug
@@ -21,21 +22,20 @@ from vlcache_connector.engine.metadata import (
     EmbeddingJob,
     ReusePiece,
     SaveJob,
-    SpanLoad,
     VLCacheMetadata,
 )
 from vlcache_connector.engine.models import family_of
+from vlcache_connector.engine.piece_loader import PieceLoader, shifts
 from vlcache_connector.engine.session import WorkerSession
 from vlcache_connector.exec.audit import audit
 from vlcache_connector.exec.batch import PassLimits
 from vlcache_connector.exec.content import order_of
 from vlcache_connector.exec.model import LayerStack
 from vlcache_connector.exec.pages import PagedLayer, Pages
-from vlcache_connector.exec.recompute import Recompute, SequenceInput
-from vlcache_connector.exec.rope import position_delta
-from vlcache_connector.exec.shift import ShiftedSpan
+from vlcache_connector.exec.recompute import Recompute
+from vlcache_connector.exec.sequence import SequenceInput
 from vlcache_connector.exec.stopwatch import Stopwatch
-from vlcache_connector.exec.transfer import load_runs, save_run
+from vlcache_connector.exec.transfer import save_run
 from vlcache_connector.plan.costs import MIN_TOKENS
 from vlcache_connector.types import Run
 
@@ -61,8 +61,8 @@ class VLCacheWorker:
         self._stack: LayerStack = family.attach(find_model(vllm_config, self._layer_names[0]))
         self._pages: Pages | None = None
         self._recompute: Recompute | None = None
-        self._positions: dict[str, torch.Tensor] = {}  # of requests that have had a piece, but not the last
-        self._errors: dict[str, str] = {}  # of the same requests, when a piece failed
+        self._loader: PieceLoader | None = None
+        self._errors: dict[str, str] = {}  # of requests that have had a piece, but not the last, when a piece failed
         self._watches: dict[str, Stopwatch] = {}
         self.answers = StepAnswers()
 
@@ -71,6 +71,7 @@ class VLCacheWorker:
         layers = self._vllm_config.compilation_config.static_forward_context
         paged = [_paged_layer(name, kv_caches[name], layers[name]) for name in self._layer_names]
         self._pages = Pages(paged, self._spec.block_size, self._spec.num_kv_heads, self._spec.head_size)
+        self._loader = PieceLoader(self._pages, self._stack, self._session)
         device = self._pages.device
         self._watches = {kind: Stopwatch(device) for kind in ("compute", "load", "recompute")}
         contexts = AttentionContexts(
@@ -83,6 +84,7 @@ class VLCacheWorker:
             self._spec.block_size,
             PassLimits(max_tokens, contexts.max_rows),
             device,
+            tensor_model_parallel_all_reduce,
         )
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -122,80 +124,38 @@ class VLCacheWorker:
         """
         self._watches["load"].start()
         sequences = [self._load(piece) for piece in pieces]
-        loaded = [span for piece in pieces for span in piece.spans if not _shifts(piece, span)]
+        loaded = [span for piece in pieces for span in piece.spans if not shifts(piece, span)]
         self._watches["load"].stop(sum(len(run) for span in loaded for run in span.reused))
         try:
             self._watches["recompute"].start()
             self._run_passes(sequences)
-            self._watches["recompute"].stop(sum(len(run) for piece in pieces for run in piece.recomputed))
+            self._watches["recompute"].stop(sum(piece.num_recomputed for piece in pieces))
         except Exception as error:
             logger.exception("VLCache: the recompute pass failed")
             for piece in pieces:
                 self._errors.setdefault(piece.request_id, f"recompute pass: {error}")
         for piece, sequence in zip(pieces, sequences, strict=True):
-            for span in sequence.shifted.values():
-                if span.error is None:
-                    self._session.counters.add("loaded_bytes", span.nbytes)
-                else:
+            for span in sequence.stored:
+                if span.error is not None:
                     logger.error("VLCache: request %s could not be loaded", piece.request_id, exc_info=span.error)
                     self._errors.setdefault(piece.request_id, f"load: {span.error}")
+            loaded_bytes = sum(span.nbytes for span in sequence.shifted.values() if span.error is None)
+            self._session.counters.add("loaded_bytes", loaded_bytes)
         for piece in pieces:
             if piece.is_last:
                 self._answer(piece)
 
     def _load(self, piece: ReusePiece) -> SequenceInput:
-        """Move a piece's reused tokens into the pages; returns its part of the pass."""
-        if piece.error is not None:
-            self._errors.setdefault(piece.request_id, piece.error)
-            return SequenceInput(torch.empty(0, dtype=torch.int64), torch.empty(3, 0, dtype=torch.int64), (), (), [])
-        token_ids = torch.tensor(piece.prompt.token_ids, dtype=torch.int64)
-        whole = [span.run for span in piece.spans if _shifts(piece, span)]
-        try:
-            positions = self._positions_of(piece)
-            slab = self._session.slab
-            embeddings = [(s.offset, slab.embedding(s.embedding, s.length)) for s in piece.spans]
-        except Exception as error:
-            logger.exception("VLCache: request %s could not be prepared", piece.request_id)
-            self._errors.setdefault(piece.request_id, f"preparation: {error}")
-            anywhere = torch.zeros(3, len(piece.prompt.token_ids), dtype=torch.int64)
-            return SequenceInput(token_ids, anywhere, piece.block_ids, piece.recomputed, [], whole)
-        shifted: dict[Run, ShiftedSpan] = {}
-        try:
-            for span in piece.spans:
-                if _shifts(piece, span):
-                    shifted[span.run] = self._shifted(span, positions)
-                else:
-                    self._load_span(span, positions, piece.block_ids)
-        except Exception as error:
-            logger.exception("VLCache: request %s could not be loaded", piece.request_id)
-            self._errors.setdefault(piece.request_id, f"load: {error}")
-        return SequenceInput(token_ids, positions, piece.block_ids, piece.recomputed, embeddings, whole, shifted)
-
-    def _positions_of(self, piece: ReusePiece) -> torch.Tensor:
-        if piece.request_id not in self._positions:
-            self._positions[piece.request_id] = self._stack.positions(piece.prompt)
-        return self._positions[piece.request_id]
-
-    def _load_span(self, span: SpanLoad, positions: torch.Tensor, block_ids: tuple[int, ...]) -> None:
-        assert self._pages is not None
-        entry, delta = self._session.slab.kv(span.kv, span.length), self._delta(span, positions)
-        nbytes = load_runs(self._pages, self._stack.rope, entry, span.offset, delta, span.reused, block_ids)
-        self._session.counters.add("loaded_bytes", nbytes)
-
-    def _shifted(self, span: SpanLoad, positions: torch.Tensor) -> ShiftedSpan:
-        """A span that the pass is to load."""
-        assert self._pages is not None
-        entry, delta = self._session.slab.kv(span.kv, span.length), self._delta(span, positions)
-        return ShiftedSpan(self._pages, self._stack.rope, span.offset, entry, delta, span.reused)
-
-    def _delta(self, span: SpanLoad, positions: torch.Tensor) -> int:
-        return position_delta(
-            self._session.slab.positions(span.kv, span.length), positions[:, span.run.start : span.run.end]
-        )
+        assert self._loader is not None
+        sequence, error = self._loader.load(piece)
+        if error is not None:
+            self._errors.setdefault(piece.request_id, error)
+        return sequence
 
     def _answer(self, piece: ReusePiece) -> None:
+        assert self._loader is not None
         request_id = piece.request_id
-        self._positions.pop(request_id, None)
+        self._loader.forget(request_id)
         error = self._errors.pop(request_id, None)
         self.answers.finished.add(request_id)
         if error is None:
@@ -234,7 +194,7 @@ class VLCacheWorker:
 
     def _audit(self, job: AuditJob) -> None:
         """An error on the way to the passes is raised behind them: all ranks of a group must run the same ones."""
-        assert self._pages is not None and self._recompute is not None
+        assert self._pages is not None and self._recompute is not None and self._loader is not None
         piece, slab = job.piece, self._session.slab
         sequence = self._load(piece)
         others = [(offset, slab.embedding(extent, length)) for offset, length, extent in job.embeddings]
@@ -243,9 +203,9 @@ class VLCacheWorker:
             reused = [run for span in piece.spans for run in span.reused]
             drift = audit(self._recompute, self._pages, sequence, reused)
         finally:
-            self._positions.pop(piece.request_id, None)
+            self._loader.forget(piece.request_id)
             error = self._errors.pop(piece.request_id, None)
-        errors = [error, *(span.error for span in sequence.shifted.values())]
+        errors = [error, *(span.error for span in sequence.stored)]
         if any(errors):
             raise RuntimeError(f"the reuse could not be repeated: {next(filter(None, errors))}")
         self.answers.results.drifts[job.job_id] = drift
@@ -282,8 +242,3 @@ def _paged_layer(name: str, cache: torch.Tensor, attention: Any) -> PagedLayer:
         attention.impl.do_kv_cache_update(attention, keys, values, pages, slots)
 
     return PagedLayer(name, cache, update)
-
-
-def _shifts(piece: ReusePiece, span: SpanLoad) -> bool:
-    """Whether reused tokens of a span move by what its recomputed ones show."""
-    return piece.shifts and bool(span.reused) and any(len(run.intersect(span.run)) for run in piece.recomputed)

@@ -29,6 +29,7 @@ class _Load:
     entries: tuple[tuple[HostEntry, HostEntry], ...]  # KV and embedding of each span of the plan
     position: int
     record: LoadRecord
+    question: Run | None = None
     error: str | None = None  # why there is nothing left to do but to report
 
 
@@ -53,6 +54,7 @@ class LoadQueue:
         block_ids: Sequence[int],
         plan: ReusePlan,
         on_done: Callable[[str | None], None],
+        question: Run | None = None,
     ) -> LoadRecord:
         """Queue an admitted request. `on_done` is called with None or an error when all ranks have reported."""
         entries = []
@@ -64,7 +66,7 @@ class LoadQueue:
             entries.append((kv, embedding))
         job_id, record = self._new_job([entry for pair in entries for entry in pair], on_done)
         self._loads[request_id] = _Load(
-            job_id, request_id, prompt, tuple(block_ids), plan, tuple(entries), plan.start, record
+            job_id, request_id, prompt, tuple(block_ids), plan, tuple(entries), plan.start, record, question
         )
         return record
 
@@ -72,7 +74,7 @@ class LoadQueue:
         """The engine waits for a load that cannot be made: let the workers report that."""
         plan = ReusePlan(0, 0, (), ())
         job_id, record = self._new_job([], on_done)
-        self._loads[request_id] = _Load(job_id, request_id, Prompt((), ()), (), plan, (), 0, record, error)
+        self._loads[request_id] = _Load(job_id, request_id, Prompt((), ()), (), plan, (), 0, record, error=error)
         return record
 
     def cancel(self, request_id: str) -> None:
@@ -121,21 +123,28 @@ class LoadQueue:
 
 
 def _piece(load: _Load, covered: Run, is_last: bool) -> ReusePiece:
+    plan, recomputed = load.plan, _within(load.plan.recomputed, covered)
+    touched = [pair for pair in zip(plan.spans, load.entries, strict=True) if _touches(pair[0], covered)]
+    num_dropped = sum(part.num_dropped(plan.num_layers) for part, _ in touched)
     return ReusePiece(
         load.job_id,
         load.request_id,
         load.prompt,
         load.block_ids,
-        tuple(
-            SpanLoad(part.span.offset, part.span.length, kv.extent, embedding.extent, _within(part.reused, covered))
-            for part, (kv, embedding) in zip(load.plan.spans, load.entries, strict=True)
-            if _touches(part, covered)
-        ),
-        _within(load.plan.recomputed, covered),
+        tuple(_span_load(part, entries, covered) for part, entries in touched),
+        recomputed,
         is_last,
         load.error,
-        load.plan.shifts,
+        plan.shifts,
+        plan.measure,
+        load.question,
+        round(sum(map(len, recomputed)) - num_dropped),
     )
+
+
+def _span_load(part: SpanPlan, entries: tuple[HostEntry, HostEntry], covered: Run) -> SpanLoad:
+    (kv, embedding), span, reused = entries, part.span, _within(part.reused, covered)
+    return SpanLoad(span.offset, span.length, kv.extent, embedding.extent, reused, part.narrowings)
 
 
 def _touches(part: SpanPlan, covered: Run) -> bool:

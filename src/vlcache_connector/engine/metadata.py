@@ -11,18 +11,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from vlcache_connector.exec.audit import Drift
 from vlcache_connector.exec.model import Prompt
-from vlcache_connector.types import Extent, Run
+from vlcache_connector.types import Extent, Measure, Narrowing, Run
 
 
 @dataclass(frozen=True, slots=True)
 class SpanLoad:
-    """One span of a piece of reuse. `reused` runs are absolute positions."""
+    """One span of a piece of reuse. Runs are absolute positions."""
 
     offset: int
     length: int
     kv: Extent
     embedding: Extent
     reused: tuple[Run, ...]
+    narrowings: tuple[Narrowing, ...] = ()
 
     @property
     def run(self) -> Run:
@@ -45,6 +46,9 @@ class ReusePiece:
     is_last: bool
     error: str | None = None  # there is nothing to do: the job failed, or its request is gone
     shifts: bool = False  # reused tokens follow the change of the recomputed ones of their span
+    measure: Measure | None = None  # by which the pass narrows spans
+    question: Run | None = None  # whose tokens are looked from
+    num_recomputed: int = 0  # tokens; one that is recomputed in half of the layers counts as half
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vlcache_connector.plan.keys import digest
+from vlcache_connector.types import Ratio
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -26,12 +27,12 @@ class Chain:
     exact_hash: bytes
 
 
-def salted(block_hash: bytes, policy: str, ratio: float) -> bytes:
+def salted(block_hash: bytes, policy: str, ratio: Ratio) -> bytes:
     """The hash of a block in the namespace of one policy and ratio, as wide as the original."""
-    return digest(b"approximate", policy.encode(), repr(float(ratio)).encode(), block_hash)[: len(block_hash)]
+    return digest(b"approximate", policy.encode(), repr(ratio).encode(), block_hash)[: len(block_hash)]
 
 
-def enter(request: "Request", first_block: int, policy: str, ratio: float) -> Chain | None:
+def enter(request: "Request", first_block: int, policy: str, ratio: Ratio) -> Chain | None:
     """Salt the chain from `first_block` on. None when the prompt fills no block at all: there is no hash to replace.
 
     When `first_block` itself is not full yet, the last full block is salted in its place, so that the block is chained
@@ -52,7 +53,7 @@ def leave(request: "Request", chain: Chain) -> None:
 
 
 def cached_chain_start(
-    request: "Request", candidates: list[int], pool: "BlockPool", policy: str, ratio: float
+    request: "Request", candidates: list[int], pool: "BlockPool", policy: str, ratio: Ratio
 ) -> int | None:
     """The candidate block from which this request's own namespace reaches further than the exact chain, if any."""
     for first_block in candidates:

@@ -1,5 +1,6 @@
 """What the scheduler side remembers of each request, and how that is read off vLLM's request object."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,16 @@ from vlcache_connector.engine.support import feature_reason, request_reason
 from vlcache_connector.errors import OptionError
 from vlcache_connector.exec.model import Media, Prompt
 from vlcache_connector.plan.costs import Estimate
-from vlcache_connector.plan.keys import KeySpace, entry_class
+from vlcache_connector.plan.keys import KeySpace, digest, entry_class
+from vlcache_connector.policy.scored import Scored
 from vlcache_connector.store.host import HostEntry
-from vlcache_connector.types import EntryClass, Mode, Reason, ReusePlan, Span
+from vlcache_connector.types import EntryClass, Measure, Mode, Ratio, Reason, ReusePlan, Run, Span
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 PARAMS_KEY = "vlcache"
+_MAX_QUESTION = 256  # tokens that are looked from, the last ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,23 @@ class RequestState:
         """Of this request's entries; `kind` is "kv" or "embedding"."""
         return entry_class(kind, self.request.cache_salt)
 
+    def question(self, plan: ReusePlan) -> Run | None:
+        """For plans that go by it: the text behind the covered range, or the last of it, up to the next media item."""
+        if plan.measure is not Measure.ATTENTION:
+            return None
+        offsets = (feature.mm_position.offset for feature in self.request.mm_features)
+        end = min((offset for offset in offsets if offset >= plan.end), default=self.request.num_prompt_tokens)
+        return Run(max(plan.end, end - _MAX_QUESTION), end) if end > plan.end else None
+
+    @property
+    def namespace(self) -> tuple[str, Ratio]:
+        """Of the request's approximate KV."""
+        policy = self.options.policy
+        if policy == Scored.name:  # what is right for one question may be wrong for the next
+            tokens = self.request.prompt_token_ids or []
+            policy += digest(repr(tokens).encode()).hex()
+        return policy, self.options.recompute_ratio
+
     def prompt(self, end: int) -> Prompt:
         """The prompt's first `end` tokens, for the worker."""
         tokens = self.request.prompt_token_ids
@@ -94,7 +114,9 @@ class RequestState:
         return report
 
     def _explain(self, plan: ReusePlan | None) -> dict[str, Any]:
-        """Each span with its runs as [start, end) pairs, all recomputed runs, expected seconds."""
+        """Each span with its runs as [start, end) pairs, and where deeper layers recompute less of it; all recomputed
+        runs, expected seconds.
+        """
         parts = {part.span: part for part in plan.spans} if plan else {}
         spans = []
         for number, span in enumerate(self.spans):
@@ -104,27 +126,32 @@ class RequestState:
                     "offset": span.offset,
                     "length": span.length,
                     "is_known": number < len(self.available) and self.available[number],
-                    "reused": [[run.start, run.end] for run in part.reused] if part else [],
-                    "recomputed": [[run.start, run.end] for run in part.recomputed] if part else [],
+                    "reused": _edges(part.reused) if part else [],
+                    "recomputed": _edges(part.recomputed) if part else [],
+                    "deeper": [
+                        {"layer": one.layer, "count": one.count, "recomputed": _edges(one.runs)}
+                        for one in (part.narrowings if part else ())
+                    ],
                 }
             )
         explained: dict[str, Any] = {
             "covered": [plan.start, plan.end] if plan else None,
             "spans": spans,
-            "recomputed": [[run.start, run.end] for run in plan.recomputed] if plan else [],
+            "recomputed": _edges(plan.recomputed) if plan else [],
         }
         if self.estimate is not None:
             explained["expected_s"] = {"reuse": self.estimate.reuse_s, "compute": self.estimate.compute_s}
         return explained
 
 
-def describe(request: "Request", keys: KeySpace, engine: Options) -> RequestState:
+def describe(request: "Request", keys: KeySpace, engine: Options, num_layers: int) -> RequestState:
     """Read a new request. Bad options make it a request in mode `off` that carries the error."""
     params = request.kv_transfer_params
     raw = params.get(PARAMS_KEY) if isinstance(params, dict) else None
     reports = bool(request.mm_features) or raw is not None
     try:
         options = RequestOptions.parse(raw, engine)
+        _check_ratio(options.recompute_ratio, num_layers)
     except OptionError as error:
         off = RequestOptions(Mode.OFF)
         return RequestState(request, off, Reason.INVALID_OPTIONS, str(error), reports=reports)
@@ -134,6 +161,15 @@ def describe(request: "Request", keys: KeySpace, engine: Options) -> RequestStat
     if reason is None:
         _find_spans(state, keys, engine.trust_client_uuids)
     return state
+
+
+def _edges(runs: Sequence[Run]) -> list[list[int]]:
+    return [[run.start, run.end] for run in runs]
+
+
+def _check_ratio(ratio: Ratio, num_layers: int) -> None:
+    if isinstance(ratio, tuple) and len(ratio) != num_layers:
+        raise OptionError(f"option 'recompute_ratio' has {len(ratio)} numbers; this model has {num_layers} layers")
 
 
 def _find_spans(state: RequestState, keys: KeySpace, trust_client_uuids: bool) -> None:

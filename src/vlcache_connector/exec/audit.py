@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from vlcache_connector.exec.pages import Pages
-from vlcache_connector.exec.recompute import Recompute, SequenceInput
+from vlcache_connector.exec.recompute import Recompute
+from vlcache_connector.exec.sequence import SequenceInput
 from vlcache_connector.kernels.ops import save_rows
 from vlcache_connector.types import Run
 
@@ -58,7 +59,8 @@ def audit(recompute: Recompute, pages: Pages, with_reuse: SequenceInput, reused:
     slots = slots[:: -(-len(slots) // _MAX_COMPARED) or 1].contiguous()
     logits = recompute.last_logits(with_reuse)
     found = _read(pages, slots)
-    true_logits = recompute.last_logits(replace(with_reuse, runs=(Run(0, num_tokens),), whole=(), shifted={}))
+    everything = replace(with_reuse, runs=(Run(0, num_tokens),), whole=(), narrowed=(), question=None, shifted={})
+    true_logits = recompute.last_logits(everything)
     kl, is_same_token = _divergence(true_logits, logits)
     differences, squares = _sums(found, _read(pages, slots))
     return Drift(differences, squares, kl, is_same_token)

@@ -50,12 +50,15 @@ def weights(rows: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
     """How each token follows the samples: [tokens, samples], each row of sum 1, in the dtype of `rows`.
 
     Ridge regression from the samples' features to whatever is known of the samples (Hoerl and Kennard 1970), with an
-    intercept: where features tell nothing, all weights are the same and the fit is the mean.
+    intercept: where features tell nothing, all weights are the same and the fit is the mean. Without samples there is
+    nothing to follow.
 
     Args:
         rows: `features` of all tokens of a span.
         samples: numbers of the tokens whose change is known, [samples] int64.
     """
+    if not len(samples):
+        return rows.new_zeros(len(rows), 0)
     known = rows[samples].float()
     size = known.square().sum(1).mean()
     mean = known.mean(0)

@@ -39,7 +39,7 @@ def steps_of(policy: Policy, ratio: float) -> tuple[float, ...]:
     steps = [ratio]
     while ratio < _HIGHEST_RATIO:
         ratio = min(_HIGHEST_RATIO, max(2 * ratio, _LOWEST_STEP))
-        if policy.recompute(_PROBE_LENGTH, ratio) != policy.recompute(_PROBE_LENGTH, steps[-1]):
+        if policy.choose(_PROBE_LENGTH, ratio, 1) != policy.choose(_PROBE_LENGTH, steps[-1], 1):
             steps.append(ratio)
     return tuple(steps)
 

@@ -1,13 +1,14 @@
 """Cuts a plan into pieces, one per engine step, so that requests that are decoding keep going meanwhile.
 
 A piece is a range of positions. Pieces follow each other from the start of the plan to its end: what a recomputed token
-sees was loaded or computed by then. In plans that shift, no cut goes through a span with reused tokens: how far they
-move must not depend on how busy the engine was.
+sees was loaded or computed by then. Where what becomes of a span's tokens depends on others of them, no cut goes
+through it: the result must not depend on how busy the engine was.
 """
 
 from collections.abc import Iterator
 
-from vlcache_connector.types import ReusePlan, Run
+from vlcache_connector.plan.planner import gaps
+from vlcache_connector.types import Measure, ReusePlan, Run
 
 LOADED_PER_COMPUTED = 16
 """Tokens that are loaded in the time of one that is recomputed: 15 with a large model on a fast GPU, 100 on a CPU.
@@ -29,7 +30,9 @@ def next_piece(plan: ReusePlan, start: int, budget: float) -> tuple[Run, float]:
         left -= taken * cost
         if taken < wanted:
             break
-    if plan.shifts:
+    if plan.measure is Measure.ATTENTION:  # the question looks at all of it before anything is recomputed
+        position = plan.end
+    if plan.keeps_spans_whole:
         return _with_whole_spans(plan, Run(start, position))
     return Run(start, position), budget - left
 
@@ -46,5 +49,5 @@ def _with_whole_spans(plan: ReusePlan, piece: Run) -> tuple[Run, float]:
 
 def _priced_runs(plan: ReusePlan) -> Iterator[tuple[Run, float]]:
     """All runs of a plan in order, with the cost of a token."""
-    reused = [(run, 1 / LOADED_PER_COMPUTED) for part in plan.spans for run in part.reused]
-    yield from sorted([*reused, *((run, 1.0) for run in plan.recomputed)], key=lambda priced: priced[0].start)
+    loaded = [(run, 1 / LOADED_PER_COMPUTED) for run in gaps(plan.recomputed, Run(plan.start, plan.end))]
+    yield from sorted([*loaded, *((run, 1.0) for run in plan.recomputed)], key=lambda priced: priced[0].start)

@@ -5,8 +5,8 @@ Runs on the scheduler side, in microseconds; a pure function of plain data.
 
 from collections.abc import Sequence
 
-from vlcache_connector.policy import Policy
-from vlcache_connector.types import Reason, ReusePlan, Run, Span, SpanPlan
+from vlcache_connector.policy import Choice, Policy
+from vlcache_connector.types import Narrowing, Ratio, Reason, ReusePlan, Run, Span, SpanPlan
 
 
 def plan_reuse(
@@ -15,10 +15,11 @@ def plan_reuse(
     num_tokens: int,
     num_local: int,
     policy: Policy,
-    ratio: float,
+    ratio: Ratio,
     min_reuse_tokens: int,
     recompute_tokens: int | None = None,
     orders: Sequence[Sequence[int]] | None = None,
+    num_layers: int = 1,
 ) -> ReusePlan | Reason:
     """Plan the covered range [num_local, end) of a prompt.
 
@@ -31,6 +32,7 @@ def plan_reuse(
         min_reuse_tokens: fewer covered span tokens than this are not worth touching the request.
         recompute_tokens: a span whose share is more than this gets a smaller ratio.
         orders: for each span what the policy is told of its content; by default nothing.
+        num_layers: of the model; a ratio for each of them must be as many.
 
     Returns:
         The plan, whose range ends with the last span before the first unavailable one, or the reason for none.
@@ -44,30 +46,52 @@ def plan_reuse(
         if not is_available:
             stopped_by = Reason.BEHIND_NEW_IMAGE if any(available[i:]) else Reason.MISS
             break
-        share = ratio if recompute_tokens is None else min(ratio, recompute_tokens / span.length)
-        parts.append(_plan_span(span, limit, policy.recompute(span.length, share, orders[i] if orders else ())))
+        share = _bounded(ratio, recompute_tokens, span.length)
+        choice = policy.choose(span.length, share, num_layers, orders[i] if orders else ())
+        parts.append(_plan_span(span, limit, choice, num_layers))
     if not parts:
         return stopped_by or (Reason.IN_PREFIX_CACHE if spans else Reason.NO_MEDIA)
 
-    covered = sum(len(run) for part in parts for run in (*part.reused, *part.recomputed))
-    if covered < min_reuse_tokens:
+    if sum(len(part.span.run.intersect(limit)) for part in parts) < min_reuse_tokens:
         return Reason.TOO_FEW_TOKENS
     end = min(parts[-1].span.end, limit.end)
-    return ReusePlan(num_local, end, tuple(parts), _complement(parts, Run(num_local, end)), policy.shifts)
+    recomputed = _complement(parts, Run(num_local, end))
+    return ReusePlan(num_local, end, tuple(parts), recomputed, policy.shifts, policy.measure, num_layers)
 
 
-def _plan_span(span: Span, limit: Run, chosen: Sequence[Run]) -> SpanPlan:
+def _bounded(ratio: Ratio, most_tokens: int | None, length: int) -> Ratio:
+    if most_tokens is None:
+        return ratio
+    most = most_tokens / length
+    return tuple(min(one, most) for one in ratio) if isinstance(ratio, tuple) else min(ratio, most)
+
+
+def _plan_span(span: Span, limit: Run, choice: Choice, num_layers: int) -> SpanPlan:
     window = span.run.intersect(limit)
-    absolute = (Run(span.offset + run.start, span.offset + run.end) for run in chosen)
-    recomputed = tuple(run for run in (one.intersect(window) for one in absolute) if len(run))
-    return SpanPlan(span, _gaps(recomputed, window), recomputed)
+    recomputed = _absolute(choice.runs, span, window)
+    narrowings = tuple(_narrowing(one, span, window) for one in choice.narrowings if one.layer < num_layers)
+    return SpanPlan(span, (window,) if narrowings else gaps(recomputed, window), recomputed, narrowings)
+
+
+def _narrowing(one: Narrowing, span: Span, window: Run) -> Narrowing:
+    if not one.runs and one.count:  # chosen later
+        return Narrowing(one.layer, min(one.count, len(window)))
+    runs = _absolute(one.runs, span, window)
+    return Narrowing(one.layer, sum(map(len, runs)), runs)
+
+
+def _absolute(runs: Sequence[Run], span: Span, window: Run) -> tuple[Run, ...]:
+    moved = (Run(span.offset + run.start, span.offset + run.end).intersect(window) for run in runs)
+    return tuple(run for run in moved if len(run))
 
 
 def _complement(parts: Sequence[SpanPlan], window: Run) -> tuple[Run, ...]:
-    return _gaps([run for part in parts for run in part.reused], window)
+    """What is recomputed, in the first layer at least."""
+    kept = (gaps(part.recomputed, part.span.run.intersect(window)) for part in parts)
+    return gaps([run for runs in kept for run in runs], window)
 
 
-def _gaps(taken: Sequence[Run], window: Run) -> tuple[Run, ...]:
+def gaps(taken: Sequence[Run], window: Run) -> tuple[Run, ...]:
     """The maximal runs of `window` that no run of `taken` (sorted, disjoint, inside the window) covers."""
     gaps: list[Run] = []
     start = window.start

@@ -19,19 +19,22 @@ def load(path: str) -> Policy:
     module, _, name = path.partition(":")
     try:
         policy: Policy = getattr(import_module(module), name)()
-        label = policy.name
         problem = _problem_of(policy)
     except Exception as error:  # whatever a module of the user's raises
         raise OptionError(
             f"option 'policy' is {path!r}, which does not load: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(label, str) or problem is not None:
-        raise OptionError(f"option 'policy' is {path!r}: {problem or 'its name is not a string'}")
+    if problem is not None:
+        raise OptionError(f"option 'policy' is {path!r}: {problem}")
     return policy
 
 
 def _problem_of(policy: Policy) -> str | None:
     """What is wrong with the policy, or with its choices for a few spans."""
+    if not isinstance(policy, Policy):
+        return "it does not inherit from vlcache_connector.policy.Policy"
+    if not isinstance(policy.name, str):
+        return "its name is not a string"
     if not isinstance(policy.shifts, bool):
         return f"shifts is {policy.shifts!r}, expected true or false"
     for length in _TRIED_LENGTHS:

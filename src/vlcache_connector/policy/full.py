@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
+from vlcache_connector.policy.base import Policy
 from vlcache_connector.types import Run
 
 
-class Full:
+class Full(Policy):
     name = "full"
-    shifts = False
 
     def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
         return (Run(0, length),)

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
+from vlcache_connector.policy.base import Policy
 from vlcache_connector.types import Run
 
 
-class NoRecompute:
+class NoRecompute(Policy):
     name = "none"
-    shifts = False
 
     def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
         return ()

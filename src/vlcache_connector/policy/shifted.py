@@ -10,25 +10,24 @@ keys, and the others cost one product of weights and changes per layer. Source: 
 traversal, weights by ridge regression.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from vlcache_connector.policy.base import Policy, num_chosen
 from vlcache_connector.types import Run
 
 MIN_SAMPLES = 12
 """Fewer do not cover what a picture holds, however small it is."""
 
 
-class Shifted:
+class Shifted(Policy):
     name = "shifted"
     shifts = True
 
     def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
-        if ratio <= 0:
+        count = num_chosen(length, ratio, MIN_SAMPLES)
+        if count == 0:
             return ()
-        # Rounded up, as in `leading`.
-        count = min(length, max(MIN_SAMPLES, math.ceil(ratio * length - 1e-9)))
         if count == length:
             return (Run(0, length),)
         chosen = dict.fromkeys(islice(order, count))

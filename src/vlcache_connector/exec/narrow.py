@@ -1,0 +1,92 @@
+"""Where a recompute pass goes on with fewer tokens of a span than before: which they are.
+
+Some plans say so in advance. In others a measure decides, on what the pass itself has seen: then every rank of a
+tensor-parallel group sees its own heads only, and their sum decides for all of them. A rank that could not load the
+span has seen nothing, and goes by what the others say.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlcache_connector.exec.batch import VirtualBatch, positions_of
+from vlcache_connector.types import Narrowing, Run
+
+Total = Callable[[torch.Tensor], torch.Tensor]
+"""The sum of a tensor over all ranks, the same on each."""
+Scores = Callable[[torch.Tensor], torch.Tensor]
+"""Of tokens at positions [n] int64 of a span, fp32 [n]: this rank's part of what says which of them to go on with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """A span with fewer recomputed tokens in deeper layers. `num_recomputed`: in the first one."""
+
+    run: Run
+    narrowings: Sequence[Narrowing]
+    num_recomputed: int
+
+    def at(self, layer: int) -> Narrowing | None:
+        return next((one for one in self.narrowings if one.layer == layer), None)
+
+
+def rows_within(batch: VirtualBatch, request: int, run: Run) -> torch.Tensor:
+    """Where in a pass the tokens of a run of a request are: int64."""
+    inside = (batch.requests == request) & (batch.positions >= run.start) & (batch.positions < run.end)
+    return inside.nonzero()[:, 0]
+
+
+def kept_at(
+    layer: int,
+    batch: VirtualBatch,
+    spans: Mapping[int, Sequence[Narrowed]],
+    scores: Callable[[int, Run], Scores | None],
+    total: Total,
+    max_rows: int,
+) -> torch.Tensor:
+    """Which tokens of a pass go on with `layer`: [tokens] bool.
+
+    Args:
+        spans: by request, those that become fewer somewhere.
+        scores: of a request's span what this rank knows of it; None where that is nothing.
+        max_rows: runs that the rest of the pass may have.
+    """
+    keep = torch.ones(batch.num_tokens, dtype=torch.bool)
+    open_ones = []
+    for request, span, narrowing in _narrowings(layer, spans):
+        rows = rows_within(batch, request, span.run)
+        if narrowing.runs or narrowing.count == 0:
+            keep[rows] = torch.isin(batch.positions[rows], positions_of(narrowing.runs))
+        elif len(rows):
+            open_ones.append((request, span, narrowing, rows))
+    others = len(batch.rows) - sum(len(rows) for *_, rows in open_ones)
+    room = max(1, (max_rows - max(0, others)) // max(1, len(open_ones)))
+    for request, span, narrowing, rows in open_ones:
+        known = scores(request, span.run)
+        own = known(batch.positions[rows]) if known is not None else torch.zeros(len(rows))
+        # A span that one pass cannot hold gets its share in each.
+        count = -(-narrowing.count * len(rows) // span.num_recomputed)
+        keep[rows] = _best(total(own.float()).cpu(), count, room)
+    return keep
+
+
+def _narrowings(layer: int, spans: Mapping[int, Sequence[Narrowed]]) -> Iterator[tuple[int, Narrowed, Narrowing]]:
+    for request, narrowed in spans.items():
+        for span in narrowed:
+            narrowing = span.at(layer)
+            if narrowing is not None:
+                yield request, span, narrowing
+
+
+def _best(scores: torch.Tensor, count: int, most_runs: int) -> torch.Tensor:
+    """The `count` tokens of the highest scores [n], as [n] bool. Neighbours are taken together where these alone would
+    make more runs than there may be.
+    """
+    size = -(-count // most_runs)
+    scores = scores.nan_to_num(0.0)
+    padded = torch.nn.functional.pad(scores, (0, -len(scores) % size))
+    groups = padded.view(-1, size).mean(1)
+    chosen = torch.zeros(len(groups), dtype=torch.bool)
+    chosen[groups.topk(min(len(groups), -(-count // size))).indices] = True
+    return chosen.repeat_interleave(size)[: len(scores)]
