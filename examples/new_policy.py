@@ -2,8 +2,8 @@
 
     python examples/new_policy.py
 
-A policy is a subclass of `Policy` with a name and one method; the option `policy` names it as `module:Class`. The module
-must be importable where the engine runs. For a server:
+A policy is a subclass of `Policy` with a name and one method; the option `policy` names it as `module:Class`. Its
+module must be importable where the engine runs. For a server:
 
     PYTHONPATH=examples vllm serve MODEL --kv-transfer-config '{... "kv_connector_extra_config":
         {"policy": "new_policy:Ends"}}'

@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "warm": {"openai_api"},
     "plotting": {"errors"},
     "simulate": _GROUND | {"store", "plotting"},
-    "evaluate": _GROUND | {"policy", "plotting"},
+    "evaluate": _GROUND | {"policy", "engine", "plotting"},
     "cli": {"errors", "config", "environment", "explain", "warm", "simulate", "evaluate", "plotting", "store"},
 }
 MAY_IMPORT_VLLM = {"engine", "evaluate/asking.py"}

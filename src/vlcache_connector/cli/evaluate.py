@@ -34,7 +34,7 @@ def add(commands: Subparsers) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="path or name, as vLLM takes it")
     parser.add_argument("tasks", type=Path, metavar="TASKS", help="JSON lines, see below")
-    parser.add_argument("--policies", metavar="LIST", help="such as leading,none (default: all)")
+    parser.add_argument("--policies", metavar="LIST", help="such as leading,none (default: none,leading,shifted)")
     parser.add_argument(
         "--ratios", metavar="LIST", help="of recomputed tokens, such as 0.02,0.05 (default: 0.02 to 0.5)"
     )

@@ -46,6 +46,14 @@ def embedding_facts(vllm_config: "VllmConfig") -> bytes:
     return digest(_json(facts), weights_fingerprint(Path(model.model)))
 
 
+def model_id(vllm_config: "VllmConfig") -> str:
+    """Hex digits that stand for weights and configuration, wherever a checkpoint lies: what a profile is of."""
+    model = vllm_config.model_config
+    folder, config = Path(model.model), model.hf_config.to_dict()
+    where = weights_fingerprint(folder) if folder.is_dir() else _json({"model": model.model, "commit": _commit(model)})
+    return digest(_json({key: value for key, value in config.items() if key != "_name_or_path"}), where)[:16].hex()
+
+
 def are_weights_known(model: Any) -> bool:
     """Whether the facts above tell these weights from any others, also in another process on another day."""
     return Path(model.model).is_dir() or _commit(model) is not None

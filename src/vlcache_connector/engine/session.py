@@ -27,6 +27,7 @@ from vlcache_connector.metrics import Counters
 from vlcache_connector.plan.costs import Prices
 from vlcache_connector.plan.keys import KeySpace, by_tag
 from vlcache_connector.policy import policies_of
+from vlcache_connector.policy.layered import Layered
 from vlcache_connector.store.eviction.limits import Limits
 from vlcache_connector.store.eviction.policies import EVICTION_POLICIES
 from vlcache_connector.store.extents import aligned
@@ -105,6 +106,9 @@ class SchedulerSession:
         self.options = options
         self.layout = layout
         self.policies = policies_of(options.policy, options.profile)
+        for policy in self.policies.values():
+            if isinstance(policy, Layered) and layout.num_layers:
+                policy.check(fingerprint.model_id(vllm_config), layout.num_layers)
         policy, capacity = EVICTION_POLICIES[options.eviction], int(options.host_gib * _GIB)
         self.index = HostIndex(capacity, policy, _limits(options), self._evicted)
         self.keys = KeySpace(fingerprint.kv_facts(vllm_config, layout), fingerprint.embedding_facts(vllm_config))

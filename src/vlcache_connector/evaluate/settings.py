@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlcache_connector.errors import OptionError
-from vlcache_connector.policy import POLICIES
+from vlcache_connector.policy import NAMES
 
 _WITHOUT_RATIO = ("none", "full")
-DEFAULT_POLICIES = tuple(name for name in POLICIES if name != "full")
+DEFAULT_POLICIES = ("none", "leading", "shifted")
 DEFAULT_RATIOS = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -42,8 +42,8 @@ FULL = Setting("full")
 def settings_of(policies: Sequence[str], ratios: Sequence[float]) -> list[Setting]:
     """Plain, the yardstick, then each policy at each ratio. Raises `OptionError`."""
     for name in policies:
-        if name not in POLICIES:
-            raise OptionError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}")
+        if name not in NAMES:
+            raise OptionError(f"there is no policy {name!r}; there are {', '.join(NAMES)}")
     found = [PLAIN, FULL]
     for name in policies:
         found += [Setting(name)] if name in _WITHOUT_RATIO else [Setting(name, ratio) for ratio in sorted(ratios)]

@@ -8,6 +8,7 @@ others, is as in `shifted`.
 Cost: that of `shifted` at the same ratio, and more rows in the first layers than it has.
 """
 
+from vlcache_connector.errors import OptionError
 from vlcache_connector.policy.profile import Profile
 from vlcache_connector.policy.shifted import Shifted
 
@@ -16,7 +17,16 @@ class Layered(Shifted):
     name = "layered"
 
     def __init__(self, profile: Profile) -> None:
-        self.profile = profile
+        self._profile = profile
+
+    def check(self, model: str, num_layers: int) -> None:
+        """Raises `OptionError` when the profile is of another model than this, which has so many layers."""
+        shares = self._profile.shares
+        if self._profile.model != model or len(shares) != num_layers:
+            raise OptionError(
+                f"option 'profile' names a file that was made for another model (of {len(shares)} layers; this one has "
+                f"{num_layers}); make one for this model with `vlcache calibrate`"
+            )
 
     def ratios(self, ratio: float, num_layers: int) -> tuple[float, ...]:
-        return self.profile.ratios(ratio)
+        return self._profile.ratios(ratio)
