@@ -106,9 +106,9 @@ class SchedulerSession:
         self.options = options
         self.layout = layout
         self.policies = policies_of(options.policy, options.profile)
-        for policy in self.policies.values():
-            if isinstance(policy, Layered) and layout.num_layers:
-                policy.check(fingerprint.model_id(vllm_config), layout.num_layers)
+        layered = self.policies.get(Layered.name)
+        if isinstance(layered, Layered) and layout.num_layers:
+            layered.check(fingerprint.model_id(vllm_config), layout.num_layers)
         policy, capacity = EVICTION_POLICIES[options.eviction], int(options.host_gib * _GIB)
         self.index = HostIndex(capacity, policy, _limits(options), self._evicted)
         self.keys = KeySpace(fingerprint.kv_facts(vllm_config, layout), fingerprint.embedding_facts(vllm_config))
