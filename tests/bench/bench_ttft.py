@@ -2,13 +2,19 @@
 
     make bench          (or: python tests/bench/bench_ttft.py [--quick] [--repeats N] [--compiled])
 
-One engine with the connector, in this process. Each prompt is answered in four ways, one after the other, and that is
+One engine with the connector, in this process. Each prompt is answered in these ways, one after the other, and that is
 repeated; ratios are taken within a repeat, so that a slow moment of the machine hits both sides:
 
-    full        mode "off", vLLM's prefix and encoder caches empty: encoder and prefill
-    exact hit   mode "off", the same prompt again
-    reuse 5 %   caches empty again, KV and encoder output from the connector's entries
-    reuse 2 %   the same with fewer tokens recomputed
+    full            mode "off", vLLM's prefix and encoder caches empty: encoder and prefill
+    exact hit       mode "off", the same prompt again
+    same work n %   mode "off", the same prompt with text behind it, so that vLLM computes exactly as many tokens as in
+                    "reuse n %" it and the connector compute together; all others are in its prefix cache
+    reuse n %       caches empty again, KV and encoder output from the connector's entries, n % of them recomputed
+
+"Same work" is about the floor of reuse: what it takes to compute its tokens, if all others came back for nothing. So
+"same work / exact hit" is what the targets would have to allow, and "reuse / same work" what the connector costs beyond
+that. It is no bound: text at the end of a prompt attends to all of it, recomputed tokens of a picture to what stands
+before them, so in long prompts, where attention is most of the work, reuse can take less.
 
 Times are the engine's own: from the moment its scheduler has the request until the first token is there. Wall-clock
 times of `LLM.generate` are given besides; they add tokenising and hashing the images. Preprocessing images is in
@@ -20,19 +26,32 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import photos
-from bench.engine import PLACEHOLDER, Engine, VariantError
+from bench.engine import PLACEHOLDER, Engine, Measured, VariantError
 from bench.results import OUT, circumstances, say, shown, warn_when_busy, write_json
 from bench.ttft_plot import plot
-from bench.ttft_report import Case, Repeat, print_results, report_json
+from bench.ttft_report import (
+    EXACT,
+    FLOOR_PERCENTS,
+    FULL,
+    PERCENTS,
+    Case,
+    Repeat,
+    num_computed,
+    print_results,
+    report_json,
+    reuse,
+    same_work,
+)
 
 # Image tokens are multiples of the CPU's block size of 128 and the text has about 64 tokens: an exact hit computes the
-# prompt's last, incomplete block, so here it computes as many tokens as it does on average.
+# prompt's last, incomplete block, so here it computes as many tokens as it does on average, and no more than reuse.
 CASES = [
     Case("1 image, 1.7k", (("hopper", 52, 32),)),
     Case("2 images, 1.7k", (("china", 32, 26), ("flower", 32, 26))),
@@ -52,6 +71,8 @@ ENGINE = {
     "hf_overrides": {"vision_config": {"fullatt_block_indexes": [7]}},
 }
 OPENING = "These pictures come behind words that were never in front of them before, and that is all that is new. "
+MORE = "more words, which nobody has to read, stand at the end of it, and they go on for as long as it takes. "
+ROUNDED_UP = 4  # recomputed tokens of a prompt beyond its percentage: a part of one for each picture
 
 
 def prompt_of(images: list[Any], opening: str) -> str:
@@ -59,48 +80,67 @@ def prompt_of(images: list[Any], opening: str) -> str:
     return f"<|im_start|>user\n{opening}{pictures}What do they show?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def learn(engine: Engine, images: list[Any]) -> None:
-    """Each image alone, under another prompt, so that the connector stores it; the first reuse pays for warming up."""
+def learn(engine: Engine, images: list[Any]) -> dict[int, int]:
+    """Each image alone, under another prompt, so that the connector stores it; then each reuse once, to warm up.
+
+    Percent -> tokens that this reuse computes.
+    """
     engine.forget()
     for image in images:
         engine.ask(prompt_of([image], ""), [image], {"mode": "exact"})
-    engine.forget()
-    engine.ask(prompt_of(images, OPENING), images, {"mode": "reuse"})
+    return {percent: num_computed(ask_reuse(engine, images, percent)) for percent in PERCENTS}
 
 
-def repeat_once(engine: Engine, images: list[Any]) -> Repeat:
-    text = prompt_of(images, OPENING)
+def ask_reuse(engine: Engine, images: list[Any], percent: int) -> Measured:
     engine.forget()
-    full = engine.ask(text, images, {"mode": "off"})
-    exact = engine.ask(text, images, {"mode": "off"})
+    return engine.ask(prompt_of(images, OPENING), images, {"mode": "reuse", "recompute_ratio": percent / 100})
+
+
+def repeat_once(engine: Engine, images: list[Any], num_computed_by: Mapping[int, int]) -> Repeat:
+    """All variants; `num_computed_by` is from `learn`."""
+    text, off = prompt_of(images, OPENING), {"mode": "off"}
     engine.forget()
-    reuse_5 = engine.ask(text, images, {"mode": "reuse", "recompute_ratio": 0.05})
-    engine.forget()
-    reuse_2 = engine.ask(text, images, {"mode": "reuse", "recompute_ratio": 0.02})
-    repeat = Repeat(full, exact, reuse_5, reuse_2)
+    repeat = {FULL: engine.ask(text, images, off), EXACT: engine.ask(text, images, off)}
+    in_last_block = repeat[FULL].num_prompt_tokens % engine.block_size
+    for percent in FLOOR_PERCENTS:
+        # The number comes first, so the blocks behind the prompt are those of no other percentage.
+        longer = engine.lengthened(text, f"{percent} {MORE}", num_computed_by[percent] - in_last_block)
+        repeat[same_work(percent)] = engine.ask(longer, images, off)
+    for percent in PERCENTS:
+        repeat[reuse(percent)] = ask_reuse(engine, images, percent)
     require_meaning(repeat)
     return repeat
 
 
 def require_meaning(repeat: Repeat) -> None:
     """Raises `VariantError` when a variant was not what its name says."""
-    full, exact = repeat.full, repeat.exact
+    full, exact = repeat[FULL], repeat[EXACT]
     if full.encoder_runs == 0 or full.accounting["prefix_cached_tokens"] > 0:
         raise VariantError(f"the full prefill was served from a cache: {full}")
     if exact.encoder_runs > 0 or exact.accounting["prefix_cached_tokens"] < full.num_prompt_tokens - 256:
         raise VariantError(f"the exact hit was computed: {exact}")
-    for reuse in (repeat.reuse_5, repeat.reuse_2):
-        if reuse.encoder_runs > 0 or reuse.accounting["reused_tokens"] < 0.9 * full.num_prompt_tokens:
-            raise VariantError(f"nothing, or little, was reused: {reuse}")
+    most_reused = repeat[reuse(0)].accounting["reused_tokens"]  # all tokens of all pictures
+    if most_reused < 0.9 * full.num_prompt_tokens:
+        raise VariantError(f"nothing, or little, was reused: {repeat[reuse(0)]}")
+    for percent in PERCENTS:
+        one = repeat[reuse(percent)]
+        num_recomputed = most_reused - one.accounting["reused_tokens"]
+        if one.encoder_runs > 0 or not 0 <= num_recomputed - percent / 100 * most_reused <= ROUNDED_UP:
+            raise VariantError(f"{num_recomputed} tokens of pictures were recomputed, wanted {percent} %: {one}")
+    for percent in FLOOR_PERCENTS:
+        one, ours = repeat[same_work(percent)], repeat[reuse(percent)]
+        num_tokens = one.num_prompt_tokens - one.accounting["prefix_cached_tokens"]
+        if one.encoder_runs > 0 or num_tokens != num_computed(ours):
+            raise VariantError(f"{num_tokens} tokens are not the same work: {one} for {ours}")
 
 
 def measure(engine: Engine, case: Case, repeats: int) -> list[Repeat]:
     images = [photos.of_tokens(*image) for image in case.images]
-    learn(engine, images)
+    num_computed_by = learn(engine, images)
     done = []
     for number in range(1, repeats + 1):
-        repeat = repeat_once(engine, images)
-        times = ", ".join(f"{name} {1e3 * one.engine_s:.0f}" for name, one in repeat.variants().items())
+        repeat = repeat_once(engine, images, num_computed_by)
+        times = ", ".join(f"{name} {1e3 * one.engine_s:.0f}" for name, one in repeat.items())
         say(f"  {case.title}, {number} of {repeats}: {times} ms")
         done.append(repeat)
     return done

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 from bench.results import ROOT, say
@@ -74,6 +75,17 @@ class Engine:
 
         return torch.get_num_threads()
 
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block, as vLLM's prefix cache keeps them: whole ones only."""
+        size: int = self.llm.llm_engine.vllm_config.cache_config.block_size
+        return size
+
+    def lengthened(self, text: str, words: str, num_tokens: int) -> list[int]:
+        """A prompt of token ids: those of `text`, then exactly `num_tokens` of `words`, over and over."""
+        tokenizer = self.llm.get_tokenizer()
+        return [*tokenizer.encode(text), *islice(cycle(tokenizer.encode(words)), num_tokens)]
+
     def forget(self) -> None:
         """Empty vLLM's own prefix and encoder caches; not the entries, not the preprocessed images."""
         if not self.llm.reset_prefix_cache():
@@ -84,18 +96,25 @@ class Engine:
         self.llm.llm_engine.reset_encoder_cache()
 
     def ask(
-        self, text: str, images: Sequence[Any], vlcache: Mapping[str, Any] | None, salt: str | None = None
+        self,
+        prompt: str | list[int],
+        images: Sequence[Any],
+        vlcache: Mapping[str, Any] | None,
+        salt: str | None = None,
     ) -> Measured:
-        """`vlcache` is what the request asks of the connector, None in an engine without it."""
+        """`prompt` is text or token ids, with one placeholder per image. `vlcache` is what the request asks of the
+        connector, None in an engine without it.
+        """
         from vllm import SamplingParams
 
         extra = {"kv_transfer_params": {"vlcache": dict(vlcache)}} if vlcache is not None else None
         sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, extra_args=extra)
-        prompt: dict[str, Any] = {"prompt": text, "multi_modal_data": {"image": list(images)}}
+        content = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        request: dict[str, Any] = content | {"multi_modal_data": {"image": list(images)}}
         if salt is not None:
-            prompt["cache_salt"] = salt
+            request["cache_salt"] = salt
         start = time.perf_counter()
-        (output,) = self.llm.generate(prompt, sampling, use_tqdm=False)
+        (output,) = self.llm.generate(request, sampling, use_tqdm=False)
         wall_s = time.perf_counter() - start
         encoder = self.llm.collective_rpc("get_encoder_timing_stats")[0].values()
         return Measured(

@@ -8,7 +8,7 @@ on vLLM's V1 model runner without asynchronous scheduling, as the README says.
 
 1. Recomputing all tokens of known images (ratio 1.0) must agree with plain vLLM. The yardstick is the engine's own
    noise: how far log-probabilities move when plain vLLM serves a prompt computed and from its prefix cache.
-2. `bench_ttft.py`'s comparison for prompts of 2k, 8k and 20k image tokens: plain, exact prefix hit, reuse at 5 and 2 %.
+2. `bench_ttft.py`'s comparison for prompts of 2k, 8k and 20k image tokens.
 
 `--rehearse` does it with a tiny model on whatever vLLM runs on, to see that this program works.
 """
@@ -241,9 +241,9 @@ def measure_ttft(llm: Any, cases: list[Case], repeats: int) -> list[dict[str, An
             for i, (_, columns, rows) in enumerate(case.images)
         ]
         images = [picture.pixels() for picture in pictures]
-        learn(engine, images)
-        results[case] = [repeat_once(engine, images) for _ in range(repeats)]
-        times = {name: round(1e3 * one.engine_s) for name, one in results[case][-1].variants().items()}
+        num_computed_by = learn(engine, images)
+        results[case] = [repeat_once(engine, images, num_computed_by) for _ in range(repeats)]
+        times = {name: round(1e3 * one.engine_s) for name, one in results[case][-1].items()}
         say(f"time to the first token, {case.title} image tokens, last of {repeats}: {times} ms")
     print_results(results)
     return report_json(results)

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.engine import Measured
 from bench.photos import Name
 from bench.results import table
+
+FULL, EXACT = "full", "exact hit"
+PERCENTS = (0, 2, 5, 10)  # of a picture's tokens that reuse recomputes
+FLOOR_PERCENTS = (2, 5)  # those for which the engine alone does the same work
+
+
+def reuse(percent: int) -> str:
+    return f"reuse {percent} %"
+
+
+def same_work(percent: int) -> str:
+    return f"same work {percent} %"
+
+
+VARIANTS = (FULL, EXACT, *map(reuse, PERCENTS), *map(same_work, FLOOR_PERCENTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +37,7 @@ class Case:
         return sum(columns * rows for _, columns, rows in self.images)
 
 
-@dataclass(frozen=True, slots=True)
-class Repeat:
-    full: Measured
-    exact: Measured
-    reuse_5: Measured
-    reuse_2: Measured
-
-    def variants(self) -> dict[str, Measured]:
-        return {"full": self.full, "exact hit": self.exact, "reuse 5 %": self.reuse_5, "reuse 2 %": self.reuse_2}
-
-
+Repeat = Mapping[str, Measured]  # variant -> its answer
 Results = Mapping[Case, Sequence[Repeat]]
 
 
@@ -46,65 +51,86 @@ class Spread:
         return f"{self.median:.2f} [{self.low:.2f}-{self.high:.2f}]"
 
 
-def spread(repeats: Sequence[Repeat], value: Callable[[Repeat], float]) -> Spread:
-    values = [value(repeat) for repeat in repeats]
-    return Spread(statistics.median(values), min(values), max(values))
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """The time of one variant over that of another, within a repeat."""
+
+    upper: str
+    lower: str
+    is_wall: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.upper} / {self.lower}" + (", wall" if self.is_wall else "")
+
+    def spread(self, repeats: Sequence[Repeat]) -> Spread:
+        values = [self._seconds(repeat[self.upper]) / self._seconds(repeat[self.lower]) for repeat in repeats]
+        return Spread(statistics.median(values), min(values), max(values))
+
+    def _seconds(self, measured: Measured) -> float:
+        return measured.wall_s if self.is_wall else measured.engine_s
 
 
-RATIOS: dict[str, Callable[[Repeat], float]] = {
-    "full / reuse 5 %": lambda r: r.full.engine_s / r.reuse_5.engine_s,
-    "full / reuse 2 %": lambda r: r.full.engine_s / r.reuse_2.engine_s,
-    "reuse 5 % / exact": lambda r: r.reuse_5.engine_s / r.exact.engine_s,
-    "reuse 2 % / exact": lambda r: r.reuse_2.engine_s / r.exact.engine_s,
-}
-WALL_RATIOS: dict[str, Callable[[Repeat], float]] = {
-    "full / reuse 5 %, wall": lambda r: r.full.wall_s / r.reuse_5.wall_s,
-    "reuse 5 % / exact, wall": lambda r: r.reuse_5.wall_s / r.exact.wall_s,
-}
+# percent -> ratio
+SOONER = {percent: Ratio(FULL, reuse(percent)) for percent in PERCENTS}
+LATER = {percent: Ratio(reuse(percent), EXACT) for percent in PERCENTS}
+FLOOR = {percent: Ratio(same_work(percent), EXACT) for percent in FLOOR_PERCENTS}
+BEYOND_FLOOR = {percent: Ratio(reuse(percent), same_work(percent)) for percent in FLOOR_PERCENTS}
+WALL = [Ratio(FULL, reuse(5), is_wall=True), Ratio(reuse(5), EXACT, is_wall=True)]
+RATIOS = [*SOONER.values(), *LATER.values(), *FLOOR.values(), *BEYOND_FLOOR.values(), *WALL]
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """A ratio of the design (section 8), for prompts from `min_image_tokens` on."""
 
-    ratio: str
+    ratio: Ratio
     limit: float
     is_least: bool
     min_image_tokens: int
 
     def row(self, results: Results) -> list[str]:
         medians = [
-            spread(repeats, RATIOS[self.ratio]).median
+            self.ratio.spread(repeats).median
             for case, repeats in results.items()
             if case.num_image_tokens >= self.min_image_tokens
         ]
         wanted = f"{'>=' if self.is_least else '<='} {self.limit:g}"
         where = f">= {self.min_image_tokens} image tokens"
         if not medians:
-            return [self.ratio, where, wanted, "-", "not measured"]
+            return [str(self.ratio), where, wanted, "-", "not measured"]
         worst = min(medians) if self.is_least else max(medians)
         is_met = worst >= self.limit if self.is_least else worst <= self.limit
-        return [self.ratio, where, wanted, f"{worst:.2f}", "met" if is_met else "missed"]
+        return [str(self.ratio), where, wanted, f"{worst:.2f}", "met" if is_met else "missed"]
 
 
 TARGETS = [
-    Target("full / reuse 5 %", 16, True, 8000),
-    Target("full / reuse 2 %", 16, True, 8000),
-    Target("reuse 5 % / exact", 1.4, False, 1600),
-    Target("reuse 2 % / exact", 1.15, False, 1600),
+    Target(SOONER[5], 16, True, 8000),
+    Target(SOONER[2], 16, True, 8000),
+    Target(LATER[5], 1.4, False, 1600),
+    Target(LATER[2], 1.15, False, 1600),
 ]
 
 
+def num_computed(measured: Measured) -> int:
+    """Prompt tokens that went through the model's layers: by the engine and, recomputed, by the connector."""
+    accounting = measured.accounting
+    return int(accounting["computed_tokens"] + accounting["recomputed_tokens"])
+
+
 def print_results(results: Results) -> None:
+    print("\nTokens that go through the model's layers, and the encoder's share of the time of full")
+    counts = [[case.title, *_counts(repeats[0])] for case, repeats in results.items()]
+    print(table(["image tokens", *VARIANTS, "encoder"], counts))
     print("\nTime to the first token, engine side, medians; in brackets LLM.generate, wall clock [ms]")
-    names = ["full", "exact hit", "reuse 5 %", "reuse 2 %"]
-    rows = [[case.title, *_sizes(repeats[0]), *_times(repeats, names)] for case, repeats in results.items()]
-    sizes = ["prompt", "recomputed 5 % / 2 %", "computed by exact hit", "encoder's share of full"]
-    print(table(["image tokens", *sizes, *names], rows))
+    print(table(["image tokens", *VARIANTS], [[case.title, *_times(repeats)] for case, repeats in results.items()]))
     print("\nRatios within a repeat, engine side: median [lowest-highest]")
-    _print_ratios(results, RATIOS)
-    print("\nThe same, wall clock")
-    _print_ratios(results, WALL_RATIOS)
+    _print_ratios(results, SOONER.values())
+    print()
+    _print_ratios(results, LATER.values())
+    print("\nThe floor: what the engine alone takes for as many tokens at the end of the prompt, and reuse beside that")
+    _print_ratios(results, [*FLOOR.values(), *BEYOND_FLOOR.values()])
+    print("\nWall clock")
+    _print_ratios(results, WALL)
     print("\nTargets (worst median of the prompts concerned)")
     print(table(["ratio", "prompts", "target", "measured", ""], [target.row(results) for target in TARGETS]))
     print()
@@ -115,32 +141,27 @@ def report_json(results: Results) -> list[dict[str, Any]]:
         {
             "case": asdict(case),
             "num_image_tokens": case.num_image_tokens,
-            "ratios": {name: asdict(spread(repeats, value)) for name, value in {**RATIOS, **WALL_RATIOS}.items()},
-            "repeats": [asdict(repeat) for repeat in repeats],
+            "ratios": {str(ratio): asdict(ratio.spread(repeats)) for ratio in RATIOS},
+            "repeats": [{name: asdict(one) for name, one in repeat.items()} for repeat in repeats],
         }
         for case, repeats in results.items()
     ]
 
 
-def _sizes(repeat: Repeat) -> list[str]:
-    recomputed = [str(one.accounting["recomputed_tokens"]) for one in (repeat.reuse_5, repeat.reuse_2)]
-    share = repeat.full.encoder_s / repeat.full.engine_s
-    computed = str(repeat.exact.accounting["computed_tokens"])  # the prompt's last, incomplete block
-    return [str(repeat.full.num_prompt_tokens), " / ".join(recomputed), computed, f"{share:.0%}"]
+def _counts(repeat: Repeat) -> list[str]:
+    share = repeat[FULL].encoder_s / repeat[FULL].engine_s
+    return [*(str(num_computed(repeat[name])) for name in VARIANTS), f"{share:.0%}"]
 
 
-def _times(repeats: Sequence[Repeat], names: Sequence[str]) -> list[str]:
+def _times(repeats: Sequence[Repeat]) -> list[str]:
     cells = []
-    for name in names:
-        measured = [repeat.variants()[name] for repeat in repeats]
-        engine_s = statistics.median(one.engine_s for one in measured)
-        wall_s = statistics.median(one.wall_s for one in measured)
+    for name in VARIANTS:
+        engine_s = statistics.median(repeat[name].engine_s for repeat in repeats)
+        wall_s = statistics.median(repeat[name].wall_s for repeat in repeats)
         cells.append(f"{1e3 * engine_s:.0f} ({1e3 * wall_s:.0f})")
     return cells
 
 
-def _print_ratios(results: Results, ratios: Mapping[str, Callable[[Repeat], float]]) -> None:
-    rows = [
-        [case.title, *(str(spread(repeats, value)) for value in ratios.values())] for case, repeats in results.items()
-    ]
-    print(table(["image tokens", *ratios], rows))
+def _print_ratios(results: Results, ratios: Collection[Ratio]) -> None:
+    rows = [[case.title, *(str(ratio.spread(repeats)) for ratio in ratios)] for case, repeats in results.items()]
+    print(table(["image tokens", *map(str, ratios)], rows))
