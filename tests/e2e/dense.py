@@ -43,10 +43,12 @@ class DenseModel:
     ) -> torch.Tensor:
         """Keys and values [layers, 2, n, heads, dim] of all tokens.
 
-        `computed` [n] names the tokens to compute, `known` holds the rows of all others.
+        `computed` [n], or [layers, n] where each layer has some of those of the one before, names the tokens to
+        compute; `known` holds the rows of all others.
         """
-        text, n = self._text, len(computed)
-        where = computed.nonzero().flatten()
+        text, n = self._text, computed.shape[-1]
+        by_layer = computed.expand(len(text.layers), -1)
+        where = by_layer[0].nonzero().flatten()
         width = text.config.hidden_size
         hidden = text.embed_tokens(torch.tensor(token_ids)[:n])
         levels: list[torch.Tensor] = []
@@ -60,6 +62,7 @@ class DenseModel:
         cos, sin = self.rotary(positions[:, :n])
         out = known.clone()
         for number, layer in enumerate(text.layers):
+            hidden, where = hidden[by_layer[number, where]], by_layer[number].nonzero().flatten()
             hidden = self._layer(layer, hidden, where, cos, sin, out[number])
             if number < len(levels):
                 hidden = hidden + levels[number][where]

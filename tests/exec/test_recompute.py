@@ -86,7 +86,7 @@ def dense_forward(
 ) -> torch.Tensor:
     """Keys and values [layers, 2, tokens, width] of a whole request, computed at once.
 
-    Where `reused` [tokens] is true, attention sees `stored` [layers, 2, tokens, width] instead.
+    Where `reused` [tokens], or [layers, tokens], is true, attention sees `stored` [layers, 2, tokens, width] instead.
     """
     x = decoder.table[request.token_ids].clone()
     added = torch.zeros(LEVELS, len(request), WIDTH, dtype=decoder.dtype)
@@ -98,8 +98,8 @@ def dense_forward(
     for layer in range(NUM_LAYERS):
         q, k, v = decoder.project(layer, x, request.positions)
         if reused is not None and stored is not None:
-            k = torch.where(reused[:, None], stored[layer, 0], k)
-            v = torch.where(reused[:, None], stored[layer, 1], v)
+            here = reused.expand(NUM_LAYERS, -1)[layer][:, None]
+            k, v = torch.where(here, stored[layer, 0], k), torch.where(here, stored[layer, 1], v)
         x = x + decoder.attend(q, k, v) @ decoder.out[layer]
         x = x + torch.tanh(x @ decoder.mlp[layer])
         if layer < LEVELS:
@@ -147,7 +147,9 @@ class PagedStack:
         assert self._open is not None, "attention outside of its context"
         x = hidden if residual is None else hidden + residual
         q, k, v = self.decoder.project(layer, x, positions)
-        self.pages[layer, 0, self._open.slots], self.pages[layer, 1, self._open.slots] = k, v
+        has_place = self._open.slots >= 0
+        slots = self._open.slots[has_place]
+        self.pages[layer, 0, slots], self.pages[layer, 1, slots] = k[has_place], v[has_place]
         x = x + self.paged_attention(layer, q, self._open) @ self.decoder.out[layer]
         return torch.tanh(x @ self.decoder.mlp[layer]), x
 

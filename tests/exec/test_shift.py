@@ -242,7 +242,7 @@ REUSED = [Run(4, 7), Run(8, 11), Run(12, 14)]
 
 @dataclass
 class TellingStack(PagedStack):
-    """Shows fresh keys and values before attention reads, as the engine's attention layers do; makes some NaN."""
+    """Shows fresh KV and queries before attention reads, as the engine's attention layers do; makes some values NaN."""
 
     heads: tuple[int, int] = (2, WIDTH // 2)
     damaged: int | None = None  # this row of each pass
@@ -251,7 +251,7 @@ class TellingStack(PagedStack):
     def attention(
         self, batch: VirtualBatch, fresh_kv: FreshKV | None = None, queries: Queries | None = None
     ) -> Iterator[None]:
-        self._fresh_kv = fresh_kv
+        self._fresh_kv, self._queries = fresh_kv, queries
         with super().attention(batch, fresh_kv):
             yield
 
@@ -259,11 +259,13 @@ class TellingStack(PagedStack):
         self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x = hidden if residual is None else hidden + residual
-        _, keys, values = self.decoder.project(layer, x, positions)
+        queries, keys, values = self.decoder.project(layer, x, positions)
         if self.damaged is not None:
             values[self.damaged] = torch.nan
         if self._fresh_kv is not None:
             self._fresh_kv(layer, keys.unflatten(1, self.heads), values.unflatten(1, self.heads))
+        if self._queries is not None:
+            self._queries(layer, queries.unflatten(1, self.heads))
         return super().run_layer(layer, positions, hidden, residual)
 
 
