@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vlcache_connector.config import CLASSES, EVICTION, Options, RequestOptions
 from vlcache_connector.errors import OptionError
-from vlcache_connector.policy import POLICIES
+from vlcache_connector.policy import NAMES, POLICIES
+from vlcache_connector.policy.profile import Profile, write
 from vlcache_connector.types import Mode
 
 NAN, INF = math.nan, math.inf
@@ -24,6 +26,7 @@ OPTIONS: dict[str, tuple[list[Any], list[Any], str]] = {
         [-0.01, 1.01, -1, 2, NAN, INF, -INF, True, False, "0.05", None, [0.1]],
         "from 0 to 1",
     ),
+    "profile": ([None], ["", 1, True, ["a"]], "path"),
     "recompute_tokens": ([None, 1, 64, 10**6], [0, -1, 64.0, NAN, INF, True, "64", [1]], "from 1"),
     "host_gib": (
         [1, 0.25, 512],
@@ -87,6 +90,7 @@ def test_an_empty_configuration_gives_the_documented_defaults() -> None:
         "policy": "shifted",
         "recompute_ratio": 0.02,
         "recompute_tokens": None,
+        "profile": None,
         "host_gib": 4.0,
         "disk_path": None,
         "disk_gib": 64.0,
@@ -124,7 +128,7 @@ def test_a_bad_value_is_an_error_that_names_option_value_and_what_is_allowed(
 
 def test_the_error_of_a_bad_policy_lists_all_policies() -> None:
     message = message_of(lambda: Options.parse({"policy": "lru"}))
-    assert all(repr(name) in message for name in POLICIES)
+    assert all(repr(name) in message for name in NAMES)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +213,22 @@ def test_a_bad_mode_is_an_error_that_lists_the_modes(mode: Any) -> None:
     assert all(repr(str(each)) in message.partition("allowed:")[2] for each in Mode)
 
 
+def test_a_profile_is_read_when_the_options_are(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    message = message_of(lambda: Options.parse({"profile": str(path)}))
+    assert repr(str(path)) in message and "vlcache calibrate" in message
+    write(path, Profile("ab12", (1.0, 0.5)), {})
+    options = Options.parse({"policy": "layered", "profile": str(path)})
+    assert RequestOptions.parse({}, options).policy == "layered"
+    assert RequestOptions.parse({"policy": "layered"}, Options.parse({"profile": str(path)})).policy == "layered"
+
+
+def test_layered_needs_a_profile() -> None:
+    assert "'profile'" in message_of(lambda: Options.parse({"policy": "layered"}))
+    message = message_of(lambda: RequestOptions.parse({"policy": "layered"}, Options()))
+    assert "'policy'" in message and "'leading'" in message
+
+
 def test_a_request_names_a_policy_of_the_package_or_the_engines_own() -> None:
     for name in POLICIES:
         assert RequestOptions.parse({"policy": name}, ENGINE).policy == name
@@ -220,7 +240,27 @@ def test_a_request_cannot_name_any_other_policy_least_of_all_a_module(policy: An
     assert "'policy'" in message and repr(policy) in message and "'shifted'" in message
 
 
-@pytest.mark.parametrize("ratio", OPTIONS["recompute_ratio"][1], ids=repr)
+LISTS: list[Any] = [[0.1, 0.2], [0.5, -0.1], [], [0.1, True], [0.1, "0"], [NAN], [[0.1]]]
+
+
+def test_a_request_sets_a_ratio_for_each_layer() -> None:
+    parsed = RequestOptions.parse({"policy": "leading", "recompute_ratio": [1, 0.5, 0.5, 0]}, ENGINE)
+    assert parsed.recompute_ratio == (1.0, 0.5, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("ratio", LISTS, ids=repr)
+def test_a_list_of_ratios_that_rises_or_holds_anything_else_is_an_error(ratio: Any) -> None:
+    message = message_of(lambda: RequestOptions.parse({"policy": "leading", "recompute_ratio": ratio}, ENGINE))
+    assert "'recompute_ratio'" in message and repr(ratio) in message and "none above the one before" in message
+
+
+@pytest.mark.parametrize("policy", ["deviation", "scored"])
+def test_policies_that_choose_in_the_pass_take_one_ratio(policy: str) -> None:
+    message = message_of(lambda: RequestOptions.parse({"policy": policy, "recompute_ratio": [0.1]}, ENGINE))
+    assert "'recompute_ratio'" in message and "list" not in message
+
+
+@pytest.mark.parametrize("ratio", [bad for bad in OPTIONS["recompute_ratio"][1] if bad != [0.1]], ids=repr)
 def test_a_bad_ratio_of_a_request_is_an_error(ratio: Any) -> None:
     message = message_of(lambda: RequestOptions.parse({"recompute_ratio": ratio}, ENGINE))
     assert "'recompute_ratio'" in message
