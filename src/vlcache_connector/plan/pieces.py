@@ -30,9 +30,9 @@ def next_piece(plan: ReusePlan, start: int, budget: float) -> tuple[Run, float]:
         left -= taken * cost
         if taken < wanted:
             break
-    if plan.measure is Measure.ATTENTION:  # the question looks at all of it before anything is recomputed
-        position = plan.end
     if plan.keeps_spans_whole:
+        if plan.measure is Measure.ATTENTION:  # the question looks at all of it before anything is recomputed
+            position = plan.end
         return _with_whole_spans(plan, Run(start, position))
     return Run(start, position), budget - left
 
@@ -40,8 +40,9 @@ def next_piece(plan: ReusePlan, start: int, budget: float) -> tuple[Run, float]:
 def _with_whole_spans(plan: ReusePlan, piece: Run) -> tuple[Run, float]:
     """The piece without the span that its end cuts, or with all of it where nothing else is left; and its cost."""
     for part in plan.spans:
-        if part.reused and part.span.offset < piece.end < part.span.end:
-            end = part.span.offset if piece.start < part.span.offset else min(part.span.end, plan.end)
+        last = min(part.span.end, plan.end)
+        if part.reused and part.span.offset < piece.end < last:
+            end = part.span.offset if piece.start < part.span.offset else last
             piece = Run(piece.start, end)
             break
     return piece, sum(len(run.intersect(piece)) * cost for run, cost in _priced_runs(plan))

@@ -3,7 +3,7 @@
 Runs on the scheduler side, in microseconds; a pure function of plain data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vlcache_connector.policy import Choice, Policy
 from vlcache_connector.types import Narrowing, Ratio, Reason, ReusePlan, Run, Span, SpanPlan
@@ -69,15 +69,22 @@ def _bounded(ratio: Ratio, most_tokens: int | None, length: int) -> Ratio:
 def _plan_span(span: Span, limit: Run, choice: Choice, num_layers: int) -> SpanPlan:
     window = span.run.intersect(limit)
     recomputed = _absolute(choice.runs, span, window)
-    narrowings = tuple(_narrowing(one, span, window) for one in choice.narrowings if one.layer < num_layers)
+    narrowings = tuple(_narrowings(choice, span, window, recomputed, num_layers))
     return SpanPlan(span, (window,) if narrowings else gaps(recomputed, window), recomputed, narrowings)
 
 
-def _narrowing(one: Narrowing, span: Span, window: Run) -> Narrowing:
-    if not one.runs and one.count:  # chosen later
-        return Narrowing(one.layer, min(one.count, len(window)))
-    runs = _absolute(one.runs, span, window)
-    return Narrowing(one.layer, sum(map(len, runs)), runs)
+def _narrowings(
+    choice: Choice, span: Span, window: Run, recomputed: Sequence[Run], num_layers: int
+) -> Iterator[Narrowing]:
+    """Those that leave anything out of the window."""
+    count = sum(map(len, recomputed))
+    for one in choice.narrowings:
+        runs = _absolute(one.runs, span, window)
+        is_settled = one.runs or not one.count
+        fewer = sum(map(len, runs)) if is_settled else one.count
+        if one.layer < num_layers and fewer < count:
+            yield Narrowing(one.layer, fewer, runs)
+            count = fewer
 
 
 def _absolute(runs: Sequence[Run], span: Span, window: Run) -> tuple[Run, ...]:
