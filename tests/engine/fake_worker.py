@@ -178,7 +178,7 @@ class FakeWorker:
 
     def _recompute(self, piece: ReusePiece) -> None:
         truth = self.truths[piece.request_id]
-        for run in piece.recomputed:
+        for run in _settled(piece):
             if piece.request_id in self._errors:
                 self._write(truth, piece.block_ids, run, is_exact=False)
                 continue
@@ -215,7 +215,7 @@ class FakeWorker:
         """Whether the job has all that both versions need, and is in nobody's way."""
         truth, piece = self.truths[job.request_id], job.piece
         assert piece.prompt.token_ids == truth.token_ids[: truth.num_prompt]
-        runs = sorted([*piece.recomputed, *(run for span in piece.spans for run in span.reused)], key=lambda r: r.start)
+        runs = sorted([*_settled(piece), *(run for span in piece.spans for run in span.reused)], key=lambda r: r.start)
         assert [run.start for run in runs] == [0, *(run.end for run in runs[:-1])] and runs[-1].end == truth.num_prompt
         for span in piece.spans:
             wanted = Entry("kv", truth.image(_whole(span)), truth.tenant, span.length, self.weights)
@@ -291,3 +291,14 @@ def _facts(entry: Entry) -> tuple[str, str | None, int, int]:
 
 def _whole(span: SpanLoad) -> Run:
     return Run(span.offset, span.offset + span.length)
+
+
+def _settled(piece: ReusePiece) -> list[Run]:
+    """What every layer recomputes. Of a span that deeper layers narrow, all tokens count as reused here."""
+    runs = list(piece.recomputed)
+    for span in piece.spans:
+        if span.narrowings:
+            before = [Run(run.start, min(run.end, span.run.start)) for run in runs]
+            behind = [Run(max(run.start, span.run.end), run.end) for run in runs]
+            runs = [run for pair in zip(before, behind, strict=True) for run in pair if len(run)]
+    return runs
