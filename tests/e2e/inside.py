@@ -377,6 +377,7 @@ def last_job(llm: Any) -> dict[str, Any]:
                 "entry": slab.kv(span.kv, span.length).clone(),
                 "stored_positions": slab.positions(span.kv, span.length).clone(),
                 "embedding": slab.embedding(span.embedding, span.length).clone(),
+                "narrowings": span.narrowings,
             }
             for span in spans.values()
         ],
