@@ -1,5 +1,6 @@
 """Plans as `vlcache explain` shows them; a real server's are in e2e/test_serving.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from vlcache_connector.explain import lines
@@ -8,9 +9,12 @@ SCATTERED = [[5, 6], [9, 10], [14, 17], [20, 21], [31, 32], [40, 41], [44, 46], 
 GAPS = [[6, 9], [10, 14], [17, 20], [21, 31], [32, 40], [41, 44], [46, 60], [61, 65]]
 
 
-def report(recomputed: list[list[int]], reused: list[list[int]]) -> dict[str, Any]:
+def report(
+    recomputed: list[list[int]], reused: list[list[int]], deeper: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     counts = {f"{name}_tokens": 0 for name in ("prefix_cached", "reused", "recomputed", "computed")}
-    span = {"offset": 5, "length": 60, "is_known": True, "reused": reused, "recomputed": recomputed}
+    span: dict[str, Any] = {"offset": 5, "length": 60, "is_known": True, "reused": reused, "recomputed": recomputed}
+    span["deeper"] = deeper
     plan = {"covered": [0, 65], "spans": [span], "recomputed": [[0, 5], *recomputed]}
     return counts | {"approximate": True, "plan": plan}
 
@@ -32,3 +36,12 @@ def test_of_many_runs_the_first_are_shown_and_all_are_counted() -> None:
 
 def test_a_span_without_recomputed_tokens_says_so() -> None:
     assert "image 0    tokens 5-64: recomputed none; reused 5-64" in list(lines(report([], [[5, 65]])))
+
+
+def test_deeper_layers_say_how_much_they_recompute() -> None:
+    deeper = [{"layer": 2, "count": 3, "recomputed": [[5, 8]]}, {"layer": 4, "count": 1, "recomputed": [[5, 6]]}]
+    shown = list(lines(report([[5, 9]], [[5, 65]], deeper)))
+    assert (
+        "image 0    tokens 5-64: recomputed 5-8, 3 of them from layer 2 on, 1 of them from layer 4 on; reused 5-64"
+    ) in shown
+    assert "recomputed 0-4, 5-8, in the first layers" in shown

@@ -35,9 +35,11 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
             yield f"image {number}    {place}: known, left to the engine"
         else:
             reused, recomputed = (_shown(span[kind]) or "none" for kind in ("reused", "recomputed"))
-            yield f"image {number}    {place}: recomputed {recomputed}; reused {reused}"
+            deeper = "".join(f", {one['count']} of them from layer {one['layer']} on" for one in span["deeper"])
+            yield f"image {number}    {place}: recomputed {recomputed}{deeper}; reused {reused}"
     if plan["recomputed"]:
-        yield f"recomputed {_shown(plan['recomputed'])}, in every layer"
+        where = "the first layers" if any(span["deeper"] for span in plan["spans"]) else "every layer"
+        yield f"recomputed {_shown(plan['recomputed'])}, in {where}"
     if "expected_s" in plan:
         seconds = plan["expected_s"]
         yield f"expected   {seconds['reuse']:.3f} s with reuse, {seconds['compute']:.3f} s without"

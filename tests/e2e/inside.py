@@ -12,6 +12,7 @@ from vlcache_connector.engine import fetches
 from vlcache_connector.engine.kv_worker import VLCacheWorker
 from vlcache_connector.engine.metadata import ReusePiece
 from vlcache_connector.engine.session import SCHEDULERS
+from vlcache_connector.exec.batch import VirtualBatch
 from vlcache_connector.exec.transfer import save_run
 from vlcache_connector.metrics import merge
 from vlcache_connector.plan.costs import Prices
@@ -245,6 +246,37 @@ def repair_all_ranks(llm: Any) -> None:
 def _plant_if(worker_of_vllm: Any, rank: int, owner: str, name: str) -> None:
     if worker_of_vllm.rank == rank:
         plant(None, owner, name)
+
+
+def watch_narrowed(llm: Any) -> None:
+    """Note on all ranks which tokens passes go on with, for `narrowed`."""
+    llm.collective_rpc(_watch_narrowed)
+
+
+def narrowed(llm: Any) -> list[list[list[int]]]:
+    """Of each rank, positions of each pass that has become smaller."""
+    found: list[list[list[int]]] = llm.collective_rpc(_narrowed)
+    return found
+
+
+def _watch_narrowed(worker_of_vllm: Any) -> None:
+    narrow = VirtualBatch.narrowed
+    _left.clear()
+
+    def noting(self: VirtualBatch, keep: torch.Tensor) -> VirtualBatch:
+        batch = narrow(self, keep)
+        _left.append(batch.positions.tolist())
+        return batch
+
+    VirtualBatch.narrowed = noting  # type: ignore[method-assign]
+    _undo.append(lambda: setattr(VirtualBatch, "narrowed", narrow))
+
+
+def _narrowed(worker_of_vllm: Any) -> list[list[int]]:
+    return _left
+
+
+_left: list[list[int]] = []
 
 
 def drive(llm: Any, asks: Sequence[tuple[int, Ask]]) -> list[Answer]:

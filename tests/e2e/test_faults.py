@@ -22,8 +22,8 @@ REUSE_FAULTS = {
     "namespace": (SIDES + "chains:Chains", "enter"),
     "planning the job": (SIDES + "loads:LoadQueue", "add"),
     "positions": (SIDES + "models.qwen_vl:QwenVLStack", "positions"),
-    "position delta": (SIDES + "kv_worker", "position_delta"),
-    "load": (SIDES + "kv_worker", "load_runs"),
+    "position delta": (SIDES + "piece_loader", "position_delta"),
+    "load": (SIDES + "piece_loader", "load_runs"),
     "load on the way": ("vlcache_connector.exec.shift", "shift_rows"),
     "recompute": ("vlcache_connector.exec.recompute:Recompute", "run"),
     "a layer in the middle of the pass": (SIDES + "models.qwen_vl:QwenVLStack", "run_layer"),
@@ -61,7 +61,7 @@ def test_one_failing_request_does_not_disturb_others_of_its_step(fresh: Engine, 
     asks = [Ask([OPEN, word, A, "what?", CLOSE], ratio=1.0) for word in ("one ", "another ", "third ")]
     expected = [plain(fresh, ask.parts) for ask in asks]
     fresh.forget()
-    fresh.call(inside.plant, SIDES + "kv_worker", "position_delta")
+    fresh.call(inside.plant, SIDES + "piece_loader", "position_delta")
     answers = fresh.ask(*asks)
     assert [answer.report.get("reason") == "load_failed" for answer in answers].count(True) == 1
     assert all(answer.gap(other) <= bound for answer, other in zip(answers, expected, strict=True))

@@ -8,8 +8,8 @@ from e2e.engine import Ask, Engine
 from e2e.test_reuse import CLOSE, LONG, OPEN, RESOLUTION, SCENES, A, B, noise_of, show_pictures
 
 PROMPT = [OPEN, LONG, B, A, "what is it?", CLOSE]
-KV_WORKER = "vlcache_connector.engine.kv_worker"
-RECOMPUTE, SHIFT = "vlcache_connector.exec.recompute", "vlcache_connector.exec.shift"
+PIECES = "vlcache_connector.engine.piece_loader"
+SPANS, SHIFT = "vlcache_connector.exec.spans", "vlcache_connector.exec.shift"
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,36 @@ def test_both_ranks_reuse_and_full_recompute_equals_plain(fresh_pair: Engine) ->
     fresh_pair.call(inside.check_store)
 
 
+@pytest.mark.parametrize("policy", ["deviation", "scored"])
+def test_ranks_agree_on_the_tokens_that_a_measure_chooses(fresh_pair: Engine, policy: str) -> None:
+    """Each sees its own heads. If they chose for themselves, their passes would add up rows of different tokens."""
+    show_pictures(fresh_pair)
+    fresh_pair.forget()
+    fresh_pair.call(inside.watch_narrowed)
+    assert fresh_pair.ask_one(Ask(PROMPT, ratio=0.1, policy=policy)).report["reused_tokens"] > 0
+    one, other = fresh_pair.call(inside.narrowed)
+    assert len(one) == 1 and one == other
+
+
+@pytest.mark.parametrize("policy", ["deviation", "scored"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_sees_nothing_goes_by_what_the_others_see(fresh_pair: Engine, policy: str, rank: int) -> None:
+    limit = 2 * noise_of(fresh_pair) + RESOLUTION
+    show_pictures(fresh_pair)
+    fresh_pair.forget()
+    expected = fresh_pair.ask_one(Ask(PROMPT, "off"))
+    fresh_pair.forget()
+    fresh_pair.call(inside.plant_on_rank, rank, PIECES, "StoredSpan")
+    answer = fresh_pair.ask_one(Ask(PROMPT, ratio=0.05, policy=policy))
+    assert answer.report["reason"] == "load_failed" and answer.gap(expected) <= limit
+    fresh_pair.forget()
+    assert fresh_pair.ask_one(Ask(PROMPT, ratio=0.05, policy=policy)).report["reused_tokens"] > 0
+    fresh_pair.call(inside.check_store)
+
+
 @pytest.mark.parametrize(
     ("module", "fault"),
-    [(KV_WORKER, "load_runs"), (KV_WORKER, "position_delta"), (RECOMPUTE, "SpanShift"), (SHIFT, "shift_rows")],
+    [(PIECES, "load_runs"), (PIECES, "position_delta"), (SPANS, "SpanShift"), (SHIFT, "shift_rows")],
 )
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_load_that_fails_on_one_rank_is_computed_on_both(
@@ -69,7 +96,7 @@ def test_a_load_that_fails_on_one_rank_is_computed_on_both(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_entry_that_one_rank_could_not_save_is_found_by_nobody(fresh_pair: Engine, rank: int) -> None:
-    fresh_pair.call(inside.plant_on_rank, rank, KV_WORKER, "save_run")
+    fresh_pair.call(inside.plant_on_rank, rank, "vlcache_connector.engine.kv_worker", "save_run")
     prompt = [OPEN, A, "what is it?", CLOSE]
     fresh_pair.ask_one(Ask(prompt))
     fresh_pair.forget()
@@ -86,7 +113,7 @@ def test_both_ranks_take_part_in_an_audit_and_one_that_fails_ends_it(fresh_pair:
     assert fresh_pair.ask_one(Ask(PROMPT)).report["reused_tokens"] > 0
     fresh_pair.call(inside.counters)
     if rank is not None:
-        fresh_pair.call(inside.plant_on_rank, rank, KV_WORKER, "position_delta")
+        fresh_pair.call(inside.plant_on_rank, rank, PIECES, "position_delta")
     fresh_pair.call(inside.run_idle)
     counts = fresh_pair.call(inside.counters)
     if rank is None:

@@ -43,7 +43,7 @@ class Recompute:
         self._block_size = block_size
         self._limits = limits
         self._device = device
-        self._total = total
+        self._total: Total = lambda rows: total(rows.to(device))
 
     def run(self, sequences: Sequence[SequenceInput]) -> int:
         """Compute all runs of all sequences; returns the number of passes that took. What goes wrong with a stored
