@@ -334,3 +334,28 @@ def test_a_question_that_follows_nothing_leaves_the_first_pass_out() -> None:
     stack = TellingStack(Decoder(torch.float64))
     stack.pages.zero_()
     assert stack.recompute([narrowed_input(request, [[1, 2]] * 3)]) == 1
+
+
+def test_a_question_and_a_deviation_choose_side_by_side() -> None:
+    """Two requests in one pass, each by its own measure, as when each is alone."""
+    asked, compared = request_of(6, list(range(5))), request_of(7, list(range(5, 10)))
+    stored = stored_kv(8)
+    by_question = replace(measured(4, 0, stored, asked)[0], question=Run(SPAN.end + 1, NUM_TOKENS))
+    by_deviation = measured(3, 1, stored, compared)[0]
+    chosen = []
+    for sequences in ([by_question, by_deviation], [by_question], [by_deviation]):
+        stack = TellingStack(Decoder(torch.float64))
+        for request in (asked, compared):
+            stack.pages[:, :, request.slots] = stored
+        stack.recompute(sequences)
+        chosen.append([kept_tokens(stack.batches[-1], number) for number in range(len(sequences))])
+    assert chosen[0] == [*chosen[1], *chosen[2]]
+
+
+def test_where_nothing_is_known_of_them_the_first_tokens_go_on() -> None:
+    request = request_of(4, list(range(5)))
+    sequence = replace(measured(3, 1, exact_kv(request), request)[0], compared={})
+    stack = TellingStack(Decoder(torch.float64))
+    stack.pages.zero_()
+    stack.recompute([sequence])
+    assert kept_tokens(stack.batches[-1]) == {0, 1, 2}

@@ -80,13 +80,13 @@ def _narrowings(layer: int, spans: Mapping[int, Sequence[Narrowed]]) -> Iterator
 
 
 def _best(scores: torch.Tensor, count: int, most_runs: int) -> torch.Tensor:
-    """The `count` tokens of the highest scores [n], as [n] bool. Neighbours are taken together where these alone would
-    make more runs than there may be.
+    """The `count` tokens of the highest scores [n], of equal ones the first, as [n] bool. Neighbours are taken together
+    where these alone would make more runs than there may be.
     """
     size = -(-count // most_runs)
     scores = scores.nan_to_num(0.0)
     padded = torch.nn.functional.pad(scores, (0, -len(scores) % size))
     groups = padded.view(-1, size).mean(1)
     chosen = torch.zeros(len(groups), dtype=torch.bool)
-    chosen[groups.topk(min(len(groups), -(-count // size))).indices] = True
+    chosen[groups.argsort(descending=True, stable=True)[: -(-count // size)]] = True
     return chosen.repeat_interleave(size)[: len(scores)]

@@ -25,7 +25,7 @@ class PassSpans:
 
     def __init__(self, batch: VirtualBatch, sequences: Sequence[SequenceInput], looked: Looked) -> None:
         present = dict.fromkeys((row.request, row.whole) for row in batch.rows if row.whole is not None)
-        runs = {(request, sequences[request].whole[number]) for request, number in present}
+        runs = [(request, sequences[request].whole[number]) for request, number in present]
         self.narrowed = {
             request: found
             for request, sequence in enumerate(sequences)
@@ -34,7 +34,8 @@ class PassSpans:
         self._sequences, self._looked = sequences, looked
         self._shifts: list[tuple[int, SpanShift]] = []
         self._fresh: tuple[int, torch.Tensor, torch.Tensor] | None = None
-        self._keeps_fresh = not looked and any(sequences[request].compared for request in self.narrowed)
+        compared = (sequences[request] for request in self.narrowed)
+        self._keeps_fresh = any(sequence.compared and sequence.question is None for sequence in compared)
         for request, run in runs:
             span = sequences[request].shifted.get(run)
             if span is not None and not span.is_begun:
