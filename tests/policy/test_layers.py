@@ -11,7 +11,7 @@ import pytest
 
 from vlcache_connector.errors import OptionError
 from vlcache_connector.policy import POLICIES, Choice
-from vlcache_connector.policy.deviation import FULL_LAYERS
+from vlcache_connector.policy.deviation import Deviation
 from vlcache_connector.policy.layered import Layered
 from vlcache_connector.policy.profile import Profile, read, write
 from vlcache_connector.types import Measure, Narrowing, Run
@@ -65,7 +65,7 @@ def test_one_ratio_is_the_same_in_all_layers(policy: str, length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "measure", "layer"), [("deviation", Measure.DEVIATION, FULL_LAYERS), ("scored", Measure.ATTENTION, 0)]
+    ("policy", "measure", "layer"), [("deviation", Measure.DEVIATION, Deviation.layer), ("scored", Measure.ATTENTION, 0)]
 )
 @every_length
 def test_a_measure_chooses_as_many_as_the_ratio_says_of_all(

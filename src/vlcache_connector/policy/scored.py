@@ -6,19 +6,11 @@ serves what was recomputed to nobody who asks something else.
 Cost: that of `leading` at the same ratio, and a pass of the question's tokens and all text before them.
 """
 
-from collections.abc import Sequence
-
-from vlcache_connector.policy.base import Choice, Policy
-from vlcache_connector.policy.deviation import chosen_by_measure
-from vlcache_connector.types import Measure, Ratio, Run
+from vlcache_connector.policy.measured import Measured
+from vlcache_connector.types import Measure
 
 
-class Scored(Policy):
+class Scored(Measured):
     name = "scored"
     measure = Measure.ATTENTION
-
-    def recompute(self, length: int, ratio: float, order: Sequence[int] = ()) -> tuple[Run, ...]:
-        return (Run(0, length),) if ratio > 0 else ()
-
-    def choose(self, length: int, ratio: Ratio, num_layers: int, order: Sequence[int] = ()) -> Choice:
-        return chosen_by_measure(self, 0, length, ratio)
+    layer = 0
