@@ -65,7 +65,8 @@ def test_one_ratio_is_the_same_in_all_layers(policy: str, length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "measure", "layer"), [("deviation", Measure.DEVIATION, Deviation.layer), ("scored", Measure.ATTENTION, 0)]
+    ("policy", "measure", "layer"),
+    [("deviation", Measure.DEVIATION, Deviation.layer), ("scored", Measure.ATTENTION, 0)],
 )
 @every_length
 def test_a_measure_chooses_as_many_as_the_ratio_says_of_all(

@@ -15,6 +15,6 @@ class Measured(Policy):
         return (Run(0, length),) if ratio > 0 else ()
 
     def choose(self, length: int, ratio: Ratio, num_layers: int, order: Sequence[int] = ()) -> Choice:
-        assert isinstance(ratio, float), "a request with a ratio for each layer is refused"
+        assert not isinstance(ratio, tuple), "a request with a ratio for each layer is refused"
         runs, count = self.recompute(length, ratio), num_chosen(length, ratio)
         return Choice(runs, (Narrowing(self.layer, count),) if 0 < count < length else ())
