@@ -85,7 +85,7 @@ class Measure(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Narrowing:
     """From `layer` on, fewer of a span's tokens are recomputed: the `count` of `runs`, or of those that the pass finds
-    worth it, where only a measure tells.
+    worth it, where only a measure tells. Then counts of a request's spans are for all of these together.
     """
 
     layer: int

@@ -3,7 +3,6 @@ layers, and what the response says.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -96,35 +95,40 @@ def test_each_layer_recomputes_as_much_as_its_ratio_says(
     assert answer.report["recomputed_tokens"] == round(text + layers_of(answer))
 
 
-def measured_jobs(fresh: Engine, dense: DenseModel, scene: str, policy: str) -> Iterator[Any]:
-    """Each narrowed span of a job: the number of tokens that go on, and which rows of the last layer were computed."""
+def measured_spans(fresh: Engine, dense: DenseModel, scene: str, policy: str, layer: int) -> list[Any]:
+    """Of each span, narrowed at `layer`: its count, stored rows where it is now, rows of the pages, and which of them were
+    computed in the last layer. All spans together keep as many as their counts say.
+    """
     job, answer = job_of(fresh, scene, policy, 0.2)
-    num_tokens = job["pages"].shape[2]
+    num_tokens, found = job["pages"].shape[2], []
     is_computed = torch.ones(LAYERS, num_tokens, dtype=torch.bool)
     for span in job["spans"]:
         window, (narrowing,) = window_of(span, num_tokens), span["narrowings"]
         stored, rows = turned(job, span, dense), job["pages"][:, :, window]
         gaps = (rows - stored).abs().amax(dim=(1, 3, 4)) / stored.abs().amax(dim=(1, 2, 3, 4))[:, None]
         is_computed[narrowing.layer :, window] = (gaps > TOLERANCE)[-1]
-        yield narrowing, stored, rows, is_computed[-1, window]
+        assert narrowing.layer == layer and narrowing.count == math.ceil(0.2 * len(gaps[0]))
+        found.append((narrowing.count, stored, rows, is_computed[-1, window]))
     assert_rows_are_dense(job, is_computed, dense)
     assert answer.report["reused_tokens"] > 0 and answer.report["approximate"]
+    assert sum(int(is_kept.sum()) for *_, is_kept in found) == sum(count for count, *_ in found)
+    return found
 
 
 @every_scene
 def test_tokens_that_deviate_most_are_recomputed_in_all_layers(fresh: Engine, dense: DenseModel, scene: str) -> None:
-    for narrowing, stored, rows, is_kept in measured_jobs(fresh, dense, scene, "deviation"):
-        assert narrowing.layer == 2 and int(is_kept.sum()) == narrowing.count == math.ceil(0.2 * len(is_kept))
-        deviation = (rows[1] - stored[1]).square().sum(dim=(0, 2, 3))  # turning keys back does not change a distance
-        assert deviation[is_kept].min() >= deviation[~is_kept].max() * (1 - 1e-3)
+    spans = measured_spans(fresh, dense, scene, "deviation", layer=2)
+    # turning keys back does not change a distance
+    deviations = torch.cat([(rows[1] - stored[1]).square().sum(dim=(0, 2, 3)) for _, stored, rows, _ in spans])
+    is_kept = torch.cat([is_kept for *_, is_kept in spans])
+    assert deviations[is_kept].min() >= deviations[~is_kept].max() * (1 - 1e-3)
 
 
 @every_scene
 def test_a_question_chooses_tokens_that_are_recomputed_in_all_layers(
     fresh: Engine, dense: DenseModel, scene: str
 ) -> None:
-    for narrowing, _, _, is_kept in measured_jobs(fresh, dense, scene, "scored"):
-        assert narrowing.layer == 0 and int(is_kept.sum()) == narrowing.count == math.ceil(0.2 * len(is_kept))
+    measured_spans(fresh, dense, scene, "scored", layer=0)
 
 
 @pytest.mark.parametrize("policy", ["deviation", "scored"])

@@ -3,11 +3,14 @@
 import pytest
 
 from engine.conftest import MakeEngine
+from engine.fake_config import BLOCK_SIZE
 from engine.fake_engine import FakeEngine
 from engine.fake_prompts import Ask, Image, text
 from engine.scenes import BETWEEN, OPEN, A, B, C, reused, show
 from vlcache_connector.engine.metadata import ReusePiece
-from vlcache_connector.types import Measure, Run
+from vlcache_connector.engine.questions import Lent, lend
+from vlcache_connector.plan.planner import plan_reuse
+from vlcache_connector.types import Measure, ReusePlan, Run
 
 KNOWN: list[int | Image] = [*OPEN, B, *BETWEEN, A]
 COVERED = len(OPEN) + B.num_tokens + len(BETWEEN) + A.num_tokens
@@ -26,6 +29,7 @@ def test_the_question_is_what_follows_the_last_known_image(make_engine: MakeEngi
     end = COVERED + num_tokens
     assert piece.measure is Measure.ATTENTION and piece.question == Run(max(COVERED, end - 256), end)
     assert len(piece.prompt.token_ids) == end
+    assert len(set(piece.block_ids)) == len(piece.block_ids) == -(-end // BLOCK_SIZE), "blocks are lent for it"
     assert [span.narrowings[0].count for span in piece.spans] == [2, 3], "of 12 and 21 tokens, rounded up"
 
 
@@ -35,6 +39,25 @@ def test_a_question_ends_where_the_next_image_begins(make_engine: MakeEngine) ->
     engine.ask(Ask([*KNOWN, *text("question", 5), C, *text("more", 5)], policy="scored", ratio=0.1))
     (piece,) = pieces_of(engine)
     assert piece.question == Run(COVERED, COVERED + 5)
+
+
+def test_without_room_for_the_question_there_is_none(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_blocks=400)
+    show(engine, A, B)
+    state = engine.scheduler.connector._scheduler._states[
+        engine.add(Ask([*KNOWN, *text("question", 90)], policy="scored", ratio=0.1))
+    ]
+    num_tokens, policy = state.request.num_tokens, engine.session.policies["scored"]
+    plan = plan_reuse(state.spans, [True, True], num_tokens, 0, policy, 0.1, 1)
+    assert isinstance(plan, ReusePlan)
+    pool, num_blocks = engine.scheduler.kv_cache_manager.block_pool, -(-COVERED // BLOCK_SIZE)
+    missing = -(-(COVERED + 90) // BLOCK_SIZE) - num_blocks
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - missing)
+    lent = lend(state, plan, num_blocks, pool, BLOCK_SIZE)
+    assert lent.question == Run(COVERED, COVERED + 90) and len(lent.block_ids) == missing
+    assert lend(state, plan, num_blocks, pool, BLOCK_SIZE) == Lent(), "there are no more"
+    pool.free_blocks([*taken, *lent.blocks])
+    engine.run()
 
 
 def test_other_policies_do_not_ask_what_the_question_is(make_engine: MakeEngine) -> None:

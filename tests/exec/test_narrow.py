@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from exec.test_recompute import (
     PagedStack,
     Request,
     assert_equal_within_rounding,
+    dense_forward,
 )
 from exec.test_shift import TellingStack, pages_of
 from vlcache_connector.exec.batch import Row, VirtualBatch, build_batch
@@ -263,17 +264,28 @@ def test_an_error_while_comparing_ends_the_span_and_not_the_pass() -> None:
     assert isinstance(span.error, IndexError) and len(kept_tokens(stack.batches[-1])) == 3
 
 
+def test_spans_of_a_request_share_what_goes_on() -> None:
+    """Three tokens of each of two spans are six of both: all may be of one."""
+    rows = [Row(0, Run(0, 10), whole=0), Row(0, Run(12, 22), whole=1), Row(1, Run(0, 10), whole=0)]
+    batch = build_batch(rows, [list(range(10)), list(range(10, 20))], BLOCK_SIZE, CPU)
+    spans = [Narrowed(Run(0, 10), [Narrowing(1, 3)], 10), Narrowed(Run(12, 22), [Narrowing(1, 3)], 10)]
+    narrowed = {0: spans, 1: spans[:1]}
+    keep = kept_at(1, batch, narrowed, lambda request, run: lambda at: at.float(), lambda rows: rows, 100)
+    left = batch.narrowed(keep)
+    assert left.positions.tolist() == [16, 17, 18, 19, 20, 21, 7, 8, 9] and left.requests.tolist() == [0] * 6 + [1] * 3
+
+
 def test_neighbours_go_on_together_where_single_tokens_would_be_too_many_runs() -> None:
     rows = [Row(0, Run(0, 30), whole=0)]
     batch = build_batch(rows, [list(range(10))], BLOCK_SIZE, CPU)
     rng = random.Random(1)
     scores = torch.tensor([rng.random() for _ in range(30)])
-    for count, max_rows in itertools.product([1, 5, 8, 29], [1, 3, 5, 100]):
-        span = Narrowed(Run(0, 30), [Narrowing(1, count)], 30)
+    for count, most_runs in itertools.product([1, 5, 8, 29], [1, 3, 5, 100]):
+        span, max_rows = Narrowed(Run(0, 30), [Narrowing(1, count)], 30), most_runs + len(batch.rows)
         keep = kept_at(1, batch, {0: [span]}, lambda request, run: lambda at: scores[at], lambda rows: rows, max_rows)
         left = batch.narrowed(keep)
-        size = -(-count // max_rows)
-        assert len(left.rows) <= max_rows and count <= left.num_tokens <= count + 2 * (size - 1)
+        size = -(-count // most_runs)
+        assert len(left.rows) <= most_runs and count <= left.num_tokens <= count + 2 * (size - 1)
         if size == 1:
             assert set(left.positions.tolist()) == set(scores.topk(count).indices.tolist())
 
@@ -292,41 +304,47 @@ def test_a_span_that_no_pass_can_hold_gets_its_share_in_each() -> None:
 # -- what a question looks at -----------------------------------------------------------------------------------------
 
 
+@dataclass
+class Listening(TellingStack):
+    """Keeps the queries of the first pass, by layer."""
+
+    seen: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def run_layer(
+        self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = hidden if residual is None else hidden + residual
+        self.seen.setdefault(layer, self.decoder.project(layer, x, positions)[0])
+        return super().run_layer(layer, positions, hidden, residual)
+
+
 def test_a_question_chooses_the_tokens_that_it_looks_at() -> None:
     """Attention of the question over the span's stored keys times the norm of the value, summed; by loops."""
     request, question = request_of(6, list(range(5))), Run(SPAN.end + 1, NUM_TOKENS)
     stored = stored_kv(8)
     sequence, span = measured(4, 0, stored, request)
-    covered = [Run(0, SPAN.end + 1)]  # the question itself has no place in the pages
-    sequence = replace(sequence, runs=covered, question=question, block_ids=request.block_ids[: -(-16 // BLOCK_SIZE)])
-    seen: dict[int, torch.Tensor] = {}
-
-    class Listening(TellingStack):
-        def run_layer(
-            self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            assert self._open is not None
-            x = hidden if residual is None else hidden + residual
-            if -1 in self._open.slots.tolist():
-                rows = (self._open.slots == -1).nonzero()[:, 0]
-                assert (self._open.num_seen[rows] == SPAN.end).all(), "a question sees all that is before it"
-                seen[layer] = self.decoder.project(layer, x, positions)[0][rows]
-            return super().run_layer(layer, positions, hidden, residual)
-
+    sequence = replace(sequence, runs=[Run(0, SPAN.end + 1)], question=question)
     stack = Listening(Decoder(torch.float64))
     stack.pages[:, :, request.slots] = stored
     assert stack.recompute([sequence]) == 2 and span.error is None
-    assert torch.equal(stack.kv(request)[:, :, SPAN.end + 1 :], stored[:, :, SPAN.end + 1 :]), "it writes nothing"
+    first, second = stack.batches
+    text = [*range(OFFSET), SPAN.end]
+    assert first.positions.tolist() == [*text, *range(question.start, question.end)]
     scores = [0.0] * LENGTH
     for layer, heads in itertools.product(range(NUM_LAYERS), range(HEADS[0])):
         dims = slice(heads * HEADS[1], (heads + 1) * HEADS[1])
         keys, values = (stored[layer, kv, SPAN.start : SPAN.end, dims] for kv in (0, 1))
-        for query in seen[layer][:, dims]:
+        for query in stack.seen[layer][len(text) :, dims]:
             attention = (keys @ query / HEADS[1] ** 0.5).softmax(0)
             for token in range(LENGTH):
                 scores[token] += float(attention[token] * values[token].norm())
     best = sorted(range(LENGTH), key=lambda token: -scores[token])[:4]
-    assert len(seen[0]) == len(question) and kept_tokens(stack.batches[-1]) == set(best)
+    assert kept_tokens(second) == set(best)
+    is_reused = torch.zeros(NUM_TOKENS, dtype=torch.bool)
+    is_reused[SPAN.start : SPAN.end] = True
+    expected = dense_forward(Decoder(torch.float64), request, is_reused, stored)
+    where = slice(question.start, question.end)
+    assert torch.allclose(stack.kv(request)[:, :, where], expected[:, :, where]), "it sees text, reused tokens, itself"
 
 
 def test_a_question_that_follows_nothing_leaves_the_first_pass_out() -> None:

@@ -112,23 +112,3 @@ def test_a_read_of_the_whole_cache_holds_every_element_of_it_once(cpu_attn: Any,
     cache = torch.arange(count, dtype=torch.float32).view(1, HEADS, block_size, 2 * DIM)
     pages = Pages([paged_layer(cpu_attn, cache, isa)], block_size, HEADS, DIM)
     assert torch.equal(read(pages, [0], 0, block_size).flatten().sort().values, cache.flatten())
-
-
-@every_kernel
-@every_dtype
-def test_the_engines_update_leaves_rows_without_a_place_out(
-    cpu_attn: Any, isa: str, block_size: int, dtype: torch.dtype
-) -> None:
-    """A slot of -1: a question that a pass looks from has no place in the pages yet. Blocks before and behind those
-    that the engine sees are watched, too.
-    """
-    everything = cache_of(block_size, dtype)
-    layer, (keys, values) = paged_layer(cpu_attn, everything[1:-1], isa), random_rows(9, dtype)
-    before, slots = everything.clone(), torch.full((9,), -1, dtype=torch.int64)
-    layer.update(keys, values, everything[1:-1], slots)
-    assert torch.equal(everything.view(torch.uint8), before.view(torch.uint8))
-    slots[4] = 3
-    layer.update(keys, values, everything[1:-1], slots)
-    assert not torch.equal(everything[1].view(torch.uint8), before[1].view(torch.uint8))
-    others = [0, 2, 3, NUM_BLOCKS - 1]
-    assert torch.equal(everything[others].view(torch.uint8), before[others].view(torch.uint8))

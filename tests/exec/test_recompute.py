@@ -147,9 +147,7 @@ class PagedStack:
         assert self._open is not None, "attention outside of its context"
         x = hidden if residual is None else hidden + residual
         q, k, v = self.decoder.project(layer, x, positions)
-        has_place = self._open.slots >= 0
-        slots = self._open.slots[has_place]
-        self.pages[layer, 0, slots], self.pages[layer, 1, slots] = k[has_place], v[has_place]
+        self.pages[layer, 0, self._open.slots], self.pages[layer, 1, self._open.slots] = k, v
         x = x + self.paged_attention(layer, q, self._open) @ self.decoder.out[layer]
         return torch.tanh(x @ self.decoder.mlp[layer]), x
 

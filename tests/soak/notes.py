@@ -152,8 +152,8 @@ def _behind(scheduler: VLCacheScheduler, output: Any) -> Iterator[ImagesBehind]:
         images = tuple((place.offset, name) for place, name in places if place.offset + place.length > covered)
         if images and request.num_computed_tokens >= covered:
             prompt = state.prompt(request.num_prompt_tokens)
-            assert scheduler._kv_cache_manager is not None
-            block_ids = scheduler._kv_cache_manager.get_block_ids(request_id)[0]
+            assert scheduler._saves._kv_cache_manager is not None
+            block_ids = scheduler._saves._kv_cache_manager.get_block_ids(request_id)[0]
             whole = WholePrompt(request_id, prompt, tuple(block_ids), state.num_local, covered)
             yield ImagesBehind(whole, images, request.num_computed_tokens + num_tokens >= request.num_prompt_tokens)
 

@@ -15,6 +15,7 @@ from vlcache_connector.engine.audits import Audits
 from vlcache_connector.engine.chains import Chains
 from vlcache_connector.engine.loads import LoadQueue
 from vlcache_connector.engine.metadata import VLCacheMetadata
+from vlcache_connector.engine.questions import Lent, lend
 from vlcache_connector.engine.requests import PARAMS_KEY, Outcome, RequestState, describe
 from vlcache_connector.engine.saves import SavePlanner
 from vlcache_connector.engine.session import SchedulerSession, locked
@@ -52,12 +53,11 @@ class VLCacheScheduler:
         self._reported: set[Reason] = set()
         self._saves = SavePlanner(session, self._options.entry_context == "alone")
         self._audits = Audits(session, vllm_config.scheduler_config.max_num_batched_tokens)
-        self._kv_cache_manager: KVCacheManager | None = None
 
     # -- life of a request --------------------------------------------------------------------------------------------
 
     def bind(self, kv_cache_manager: "KVCacheManager") -> None:
-        self._kv_cache_manager = kv_cache_manager
+        self._pool = kv_cache_manager.block_pool
         self._saves.bind(kv_cache_manager, self._block_size)
         self._audits.bind(kv_cache_manager.block_pool, self._block_size)
 
@@ -69,8 +69,7 @@ class VLCacheScheduler:
         if state.declined is not None:
             self._tell(state.declined, state.error)
         elif self._may_reuse(state):
-            assert self._kv_cache_manager is not None
-            self._chains.resume(state, self._kv_cache_manager.block_pool)
+            self._chains.resume(state, self._pool)
 
     @locked
     def get_num_new_matched_tokens(self, request: "Request", num_local: int) -> int | None:
@@ -117,10 +116,10 @@ class VLCacheScheduler:
             self._session.fetches.release(request.request_id)
             return
         assert isinstance(plan, ReusePlan) and num_external == plan.end - plan.start
-        question = state.question(plan)
-        prompt = state.prompt(question.end if question is not None else plan.spans[-1].span.end)
-        done = partial(self._loaded, state, plan)
-        state.load = self._loads.add(request.request_id, prompt, block_ids, plan, done, question)
+        lent = lend(state, plan, len(block_ids), self._pool, self._block_size)
+        prompt = state.prompt(lent.question.end if lent.question is not None else plan.spans[-1].span.end)
+        done, blocks = partial(self._loaded, state, plan, lent), [*block_ids, *lent.block_ids]
+        state.load = self._loads.add(request.request_id, prompt, blocks, plan, done, lent.question)
         state.is_approximate = state.is_approximate or plan.first_reused is not None
         self._hold_embeddings(state, plan)
         state.tier = self._session.fetches.tier(request.request_id)
@@ -247,8 +246,9 @@ class VLCacheScheduler:
         kv, embedding = self._session.index.get(span.kv_key), self._session.index.get(span.embedding_key)
         return kv is not None and embedding is not None and kv.num_tokens == embedding.num_tokens == span.length
 
-    def _loaded(self, state: RequestState, plan: ReusePlan, error: str | None) -> None:
+    def _loaded(self, state: RequestState, plan: ReusePlan, lent: Lent, error: str | None) -> None:
         """All ranks carried out a plan, or one of them could not."""
+        self._pool.free_blocks(lent.blocks)
         if error is not None:
             self._failed(state, error)
             return

@@ -14,13 +14,12 @@ from vlcache_connector.plan.costs import Estimate
 from vlcache_connector.plan.keys import KeySpace, digest, entry_class
 from vlcache_connector.policy.scored import Scored
 from vlcache_connector.store.host import HostEntry
-from vlcache_connector.types import EntryClass, Measure, Mode, Ratio, Reason, ReusePlan, Run, Span
+from vlcache_connector.types import EntryClass, Mode, Ratio, Reason, ReusePlan, Run, Span
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 PARAMS_KEY = "vlcache"
-_MAX_QUESTION = 256  # tokens that are looked from, the last ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +61,6 @@ class RequestState:
     def entry_class(self, kind: str) -> EntryClass:
         """Of this request's entries; `kind` is "kv" or "embedding"."""
         return entry_class(kind, self.request.cache_salt)
-
-    def question(self, plan: ReusePlan) -> Run | None:
-        """For plans that go by it: the text behind the covered range, or the last of it, up to the next media item."""
-        if plan.measure is not Measure.ATTENTION:
-            return None
-        offsets = (feature.mm_position.offset for feature in self.request.mm_features)
-        end = min((offset for offset in offsets if offset >= plan.end), default=self.request.num_prompt_tokens)
-        return Run(max(plan.end, end - _MAX_QUESTION), end) if end > plan.end else None
 
     @property
     def namespace(self) -> tuple[str, Ratio]:

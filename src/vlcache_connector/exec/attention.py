@@ -101,7 +101,7 @@ class XformersAttention:
         grouped = query.view(1, len(query), heads, -1, dim)
         keys, values = (rows[None, :, :, None].expand(-1, -1, -1, grouped.shape[3], -1) for rows in keys_values)
         bias = self._fmha.attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
-            [len(row.run) for row in batch.rows], [row.seq_len for row in batch.rows]
+            [len(row.run) for row in batch.rows], [row.run.end for row in batch.rows]
         )
         attend = self._fmha.memory_efficient_attention_forward
         out.copy_(attend(grouped, keys, values, attn_bias=bias, scale=softmax_scale).view(out.shape))
@@ -109,7 +109,7 @@ class XformersAttention:
     def _gather(self, cache: torch.Tensor, batch: VirtualBatch, row: int) -> torch.Tensor:
         """Keys and values [2, tokens, heads, dim] that a row of the batch sees."""
         block_size = self._pages.block_size
-        position = torch.arange(batch.rows[row].seq_len, device=self._pages.device)
+        position = torch.arange(batch.rows[row].run.end, device=self._pages.device)
         slots = batch.block_table[row].long()[position // block_size] * block_size + position % block_size
         rows = torch.empty(1, 2, len(position), *self._pages.row_shape, dtype=cache.dtype, device=cache.device)
         save_rows(rows, [cache], slots, self._pages.layout)
@@ -130,12 +130,11 @@ def _import_xformers() -> Any:
 
 
 def _places(batch: VirtualBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Block table [requests, blocks] of the requests in a batch; row in it [tokens], and the last position
-    that each token sees [tokens], int32."""
+    """Block table [requests, blocks] of the requests in a batch; row in it [tokens] and position [tokens], int32."""
     first_row: dict[int, int] = {}
     for i, row in enumerate(batch.rows):
         first_row.setdefault(row.request, i)
     number = torch.zeros(max(first_row) + 1, dtype=torch.int32)
     number[list(first_row)] = torch.arange(len(first_row), dtype=torch.int32)
     table = batch.block_table[list(first_row.values())]
-    return table, number[batch.requests].to(device), (batch.num_seen - 1).int().to(device)
+    return table, number[batch.requests].to(device), batch.positions.int().to(device)

@@ -19,18 +19,12 @@ from vlcache_connector.types import Run
 class Row:
     """One virtual sequence: tokens `run` of the request number `request`.
 
-    Rows of one request with the same `whole` stay in one pass where a pass can hold them. A single token with `sees`
-    has no place in the pages: it reads those of so many tokens, and writes nothing.
+    Rows of one request with the same `whole` stay in one pass where a pass can hold them.
     """
 
     request: int
     run: Run
     whole: int | None = None
-    sees: int | None = None
-
-    @property
-    def seq_len(self) -> int:
-        return self.run.end if self.sees is None else self.sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +44,12 @@ class VirtualBatch:
         return int(self.query_start_loc[-1])
 
     @property
-    def num_seen(self) -> torch.Tensor:
-        """How many tokens of its request each one attends to, itself included: [tokens] int64, on the CPU."""
-        lengths = self.query_start_loc.diff()
-        behind = (self.query_start_loc[1:] - self.seq_lens).repeat_interleave(lengths)
-        return torch.arange(1, self.num_tokens + 1) - behind
-
-    @property
     def max_query_len(self) -> int:
         return max(len(row.run) for row in self.rows)
 
     @property
     def max_seq_len(self) -> int:
-        return max(row.seq_len for row in self.rows)
+        return max(row.run.end for row in self.rows)
 
     def narrowed(self, keep: torch.Tensor) -> "VirtualBatch":
         """What is left of it: `keep` [tokens] bool, on the CPU. Runs that are cut become rows of their own."""
@@ -133,16 +120,15 @@ def build_batch(
     of_row = torch.tensor([row.request for row in rows])
     lengths = torch.tensor([0] + [len(row.run) for row in rows], dtype=torch.int32)
     requests, positions = of_row.repeat_interleave(lengths[1:]), positions_of([row.run for row in rows])
-    blocks = tables[requests, (positions // block_size).clamp(max=tables.shape[1] - 1)].long()
-    has_place = torch.tensor([row.sees is None for row in rows]).repeat_interleave(lengths[1:])
+    blocks = tables[requests, positions // block_size].long()
     return VirtualBatch(
         rows=tuple(rows),
         requests=requests,
         positions=positions,
         query_start_loc=lengths.cumsum(0, dtype=torch.int32),
-        seq_lens=torch.tensor([row.seq_len for row in rows], dtype=torch.int32),
+        seq_lens=torch.tensor([row.run.end for row in rows], dtype=torch.int32),
         block_table=tables[of_row].to(device),
-        slots=torch.where(has_place, blocks * block_size + positions % block_size, -1).to(device),
+        slots=(blocks * block_size + positions % block_size).to(device),
     )
 
 

@@ -45,7 +45,8 @@ def kept_at(
     total: Total,
     max_rows: int,
 ) -> torch.Tensor:
-    """Which tokens of a pass go on with `layer`: [tokens] bool.
+    """Which tokens of a pass go on with `layer`: [tokens] bool. Counts of a request's spans are for all of them
+    together: one that matters more than another gets more.
 
     Args:
         spans: by request, those that become fewer somewhere.
@@ -53,21 +54,22 @@ def kept_at(
         max_rows: runs that the rest of the pass may have.
     """
     keep = torch.ones(batch.num_tokens, dtype=torch.bool)
-    open_ones = []
+    open_ones: dict[int, list[tuple[Run, torch.Tensor, int]]] = {}
     for request, span, narrowing in _narrowings(layer, spans):
         rows = rows_within(batch, request, span.run)
         if narrowing.runs or narrowing.count == 0:
             keep[rows] = torch.isin(batch.positions[rows], positions_of(narrowing.runs))
         elif len(rows):
-            open_ones.append((request, span, narrowing, rows))
-    others = len(batch.rows) - sum(len(rows) for *_, rows in open_ones)
-    room = max(1, (max_rows - max(0, others)) // max(1, len(open_ones)))
-    for request, span, narrowing, rows in open_ones:
-        known = scores(request, span.run)
-        own = known(batch.positions[rows]) if known is not None else torch.zeros(len(rows))
-        # A span that one pass cannot hold gets its share in each.
-        count = -(-narrowing.count * len(rows) // span.num_recomputed)
-        keep[rows] = _best(total(own.float()).cpu(), count, room)
+            # A span that one pass cannot hold gets its share in each.
+            count = -(-narrowing.count * len(rows) // span.num_recomputed)
+            open_ones.setdefault(request, []).append((span.run, rows, count))
+    room = max(1, (max_rows - len(batch.rows)) // max(1, len(open_ones)))
+    for request, chosen_from in open_ones.items():  # the best of all spans of a request together
+        known = [(scores(request, run), rows) for run, rows, _ in chosen_from]
+        own = [each(batch.positions[at]) if each is not None else torch.zeros(len(at)) for each, at in known]
+        all_rows = torch.cat([rows for _, rows, _ in chosen_from])
+        found = total(torch.cat([scored.float().cpu() for scored in own])).cpu()
+        keep[all_rows] = _best(found, sum(count for *_, count in chosen_from), room)
     return keep
 
 

@@ -1,8 +1,8 @@
 """How much the tokens of a question look at those of reused spans: attention times the norm of the value, summed over
 heads, layers and tokens of the question (the score of CONDUIT).
 
-The question runs through the layers before anything of the spans was recomputed. Its own tokens have no place in the
-pages yet, so each of them sees what is before the question, and none of the others.
+The question runs through the layers before anything of the spans was recomputed, with all text before it. Its KV lies
+where the engine will write it, or in blocks that are lent for it.
 """
 
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 
 from vlcache_connector.exec.batch import Row, VirtualBatch
+from vlcache_connector.exec.narrow import rows_within
 from vlcache_connector.exec.sequence import SequenceInput
 from vlcache_connector.exec.stored import StoredSpan
 from vlcache_connector.kernels.ops import shift_rows
-from vlcache_connector.types import Run
 
 
 def rows_of(sequences: Sequence[SequenceInput]) -> list[Row]:
@@ -24,9 +24,9 @@ def rows_of(sequences: Sequence[SequenceInput]) -> list[Row]:
             continue
         spans = {span.run for span in sequence.narrowed}
         inside = {i for i, run in enumerate(sequence.whole) if run in spans}
-        rows += [row for row in sequence.rows(number) if row.whole not in inside]
-        end, question = max(run.end for run in spans), sequence.question
-        rows += [Row(number, Run(p, p + 1), sees=end) for p in range(question.start, question.end)]
+        text = (row for row in sequence.rows(number) if row.whole not in inside)
+        rows += [row for row in text if row.run.end <= sequence.question.start]
+        rows.append(Row(number, sequence.question))
     return rows
 
 
@@ -48,8 +48,7 @@ class Look:
             spans = [span for span in sequence.compared.values() if span.error is None]
             if sequence.question is None or not spans:
                 continue
-            starts = zip(batch.rows, batch.query_start_loc.tolist(), strict=False)
-            rows = [start for row, start in starts if row.request == number and row.sees is not None]
+            rows = rows_within(batch, number, sequence.question).to(queries.device)
             try:
                 for span, seen in zip(spans, _seen(spans, sequence, layer, queries[rows]), strict=True):
                     self.scores[number, span.run] += seen.cpu()

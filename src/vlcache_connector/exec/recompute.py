@@ -90,12 +90,12 @@ class Recompute:
         first, end = 0, self._stack.num_layers
         for border in [*spans.borders, end]:
             layers = range(first, border)
-            if batch.num_tokens:
-                with self._context(batch, spans.on_fresh_kv if spans.listens else None, None):
-                    hidden, residual = self._run_layers(layers, positions, hidden, residual, added)
-            else:
+            if not batch.num_tokens:
                 for layer in layers:
                     spans.load_without_samples(layer)
+            elif layers:
+                with self._context(batch, spans.on_fresh_kv if spans.listens else None, None):
+                    hidden, residual = self._run_layers(layers, positions, hidden, residual, added)
             if border < end:
                 keep = kept_at(border, batch, spans.narrowed, spans.scores, self._total, self._limits.max_rows)
                 batch = batch.narrowed(keep)

@@ -23,9 +23,7 @@ class SequenceInput:
     embeddings: Sequence[tuple[int, torch.Tensor]]  # (offset of a span, its encoder output [length, width])
     whole: Sequence[Run] = ()  # whose runs stay in one pass where possible
     narrowed: Sequence[Narrowed] = ()  # those of `whole` of which deeper layers recompute less
-    question: Run | None = (
-        None  # tokens that say what of `narrowed` to go on with; perhaps without a place in the pages
-    )
+    question: Run | None = None  # tokens behind all spans that say what of `narrowed` to go on with
     shifted: Mapping[Run, StoredSpan] = field(default_factory=dict)  # those of `whole` that are loaded on the way
     compared: Mapping[Run, StoredSpan] = field(default_factory=dict)  # those of `narrowed` that are looked into
 
