@@ -96,8 +96,8 @@ def test_each_layer_recomputes_as_much_as_its_ratio_says(
 
 
 def measured_spans(fresh: Engine, dense: DenseModel, scene: str, policy: str, layer: int) -> list[Any]:
-    """Of each span, narrowed at `layer`: its count, stored rows where it is now, rows of the pages, and which of them were
-    computed in the last layer. All spans together keep as many as their counts say.
+    """Of each span, narrowed at `layer`: its count, stored rows where it is now, rows of the pages, and which of them
+    were computed in the last layer. All spans together keep as many as their counts say.
     """
     job, answer = job_of(fresh, scene, policy, 0.2)
     num_tokens, found = job["pages"].shape[2], []
