@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from vlcache_connector.evaluate.runs import Reply
@@ -58,6 +59,10 @@ class FakeAsker:
     def close(self) -> None:
         self.calls.append("close")
 
+    def share(self, ratio: float | list[float]) -> float:
+        """What a ratio, or one for each layer, counts for."""
+        return fmean(ratio) if isinstance(ratio, list) else ratio
+
     def _report(self, images: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
         plain = {"reused_tokens": 0, "recomputed_tokens": 0}
         if options["mode"] == "off":
@@ -66,5 +71,5 @@ class FakeAsker:
         if self._declines or not images or images[0] not in self._store:
             return plain | plan | {"reason": self._declines or ("miss" if images else "no_media")}
         total = TOKENS_PER_IMAGE * len(images)
-        recomputed = round(options["recompute_ratio"] * total)
+        recomputed = round(self.share(options["recompute_ratio"]) * total)
         return plan | {"reused_tokens": total - recomputed, "recomputed_tokens": recomputed + 2}

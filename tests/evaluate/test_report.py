@@ -187,6 +187,8 @@ def test_a_plot_that_cannot_be_written_comes_behind_the_table(finished: list[obj
     [
         (["--policies", "leeding"], "there is no policy 'leeding'; there are "),
         (["--policies", ""], "there is no policy ''"),
+        (["--policies", "layered"], "the policy 'layered' needs a profile"),
+        (["--policies", "layered", "--connector", '{"profile": "missing.json"}'], "'missing.json': it cannot be read"),
         (["--ratios", "0,5"], "'5' is no ratio"),
         (["--ratios", "nan"], "'nan' is no ratio"),
         (["--connector", '{"host": 1}'], "did you mean 'host_gib'?"),

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from vlcache_connector.evaluate.statistics import divergence, wilson
+from vlcache_connector.evaluate.statistics import Z_95, divergence, gain, wilson
 
 
 # R. G. Newcombe, Statistics in Medicine 17 (1998), table I, method 3 (the score interval).
@@ -24,6 +24,23 @@ def test_an_interval_lies_in_0_to_1_around_its_share(number: int) -> None:
         low, high = wilson(hits, number)
         assert 0 <= low <= hits / number <= high <= 1
     assert wilson(0, number)[0] == 0 and wilson(number, number)[1] == 1
+
+
+# Student's sleep data (Biometrika 6, 1908): ten patients under two drugs; the mean difference is 1.58, its error 0.389.
+DRUGS = [(1.9, 0.7), (0.8, -1.6), (1.1, -0.2), (0.1, -1.2), (-0.1, -0.1)]
+DRUGS += [(4.4, 3.4), (5.5, 3.7), (1.6, 0.8), (4.6, 0.0), (3.4, 2.0)]
+
+
+def test_a_gain_is_that_of_pairs() -> None:
+    more, less = zip(*DRUGS, strict=True)
+    found = gain(more, less)
+    assert (found.mean, found.error) == pytest.approx((1.58, Z_95 * 0.389), abs=1e-3)
+    assert found.is_sure and not gain(less, more).is_sure
+
+
+def test_one_pair_or_pairs_of_equals_are_no_sure_gain() -> None:
+    assert not gain([1.0], [0.0]).is_sure
+    assert not gain([1.0, 2.0], [1.0, 2.0]).is_sure
 
 
 def distribution(seed: int, size: int = 50, spread: float = 3.0) -> dict[int, float]:

@@ -5,11 +5,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vlcache_connector.cli import check, clear, env, evaluate, explain, ls, simulate, snapshot, warm
+from vlcache_connector.cli import calibrate, check, clear, env, evaluate, explain, ls, simulate, snapshot, warm
 from vlcache_connector.errors import VLCacheError
 from vlcache_connector.store.control.protocol import NoCacheError
 
-_COMMANDS = (env, explain, warm, ls, check, clear, snapshot, simulate, evaluate)
+_COMMANDS = (env, explain, warm, ls, check, clear, snapshot, simulate, evaluate, calibrate)
 _STATUS = """exit status:
   0    all is well
   1    a problem was found, or what was asked was refused or did not work

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vlcache_connector.cli.options import Subparsers, at_least_one
-from vlcache_connector.cli.shown import number, table
+from vlcache_connector.cli.options import Subparsers, at_least_one, check_connector, json_object
+from vlcache_connector.cli.shown import Progress, number, table
 from vlcache_connector.errors import OptionError
 
 _EXAMPLES = """a line of TASKS is a question, in a short form or as a chat; answer, task, id and warm may be left out:
@@ -46,8 +46,8 @@ def add(commands: Subparsers) -> None:
     parser.add_argument(
         "--logprobs", type=at_least_one, default=1024, metavar="N", help="tokens that KL is taken over (%(default)s)"
     )
-    parser.add_argument("--engine", type=_object, default={}, metavar="JSON", help="keyword arguments of vllm.LLM")
-    parser.add_argument("--connector", type=_object, default={}, metavar="JSON", help="options of the connector")
+    parser.add_argument("--engine", type=json_object, default={}, metavar="JSON", help="keyword arguments of vllm.LLM")
+    parser.add_argument("--connector", type=json_object, default={}, metavar="JSON", help="options of the connector")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="keep results here as they come, and go on from it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report for programs")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (PNG, SVG, PDF)")
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         settings = _settings(options)
-        _check_connector(options.connector)
+        check_connector(options.connector, {"policy": "use --policies", "recompute_ratio": "use --ratios"})
     except OptionError as error:
         print(f"vlcache eval: {error}", file=sys.stderr)
         return 2
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         require_matplotlib()
     questions = tasks.read(options.tasks, options.limit)
     journal = Journal(options.resume, _about(options))
-    progress = _Progress(len(questions) * len(settings))
+    progress = Progress("eval", "answer", len(questions) * len(settings))
     try:
         ask_all(questions, settings, journal, lambda: _start(options, questions), progress.show)
     finally:
@@ -93,17 +93,7 @@ def _settings(options: argparse.Namespace) -> Any:
 
     policies = DEFAULT_POLICIES if options.policies is None else [name.strip() for name in options.policies.split(",")]
     ratios = DEFAULT_RATIOS if options.ratios is None else ratios_of(options.ratios)
-    return settings_of(policies, ratios)
-
-
-def _check_connector(options: dict[str, Any]) -> None:
-    """Raises `OptionError` now and not after minutes of starting."""
-    from vlcache_connector.config import Options
-
-    Options.parse(options)
-    for name, instead in (("policy", "--policies"), ("recompute_ratio", "--ratios")):
-        if name in options:
-            raise OptionError(f"--connector has {name!r}, which changes from request to request here; use {instead}")
+    return settings_of(policies, ratios, options.connector.get("profile") is not None)
 
 
 def _about(options: argparse.Namespace) -> dict[str, Any]:
@@ -116,34 +106,3 @@ def _start(options: argparse.Namespace, questions: Any) -> Any:
 
     num_images = max(question.num_images for question in questions)
     return VLLMAsker(options.model, options.engine, options.connector, num_images, options.max_tokens, options.logprobs)
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is not an object; write for example \'{{"dtype": "bfloat16"}}\'')
-    return found
-
-
-class _Progress:
-    """A bar where somebody sits before it."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._bar: Any = None
-
-    def show(self, count: int) -> None:
-        if not sys.stderr.isatty():
-            return
-        if self._bar is None:
-            from tqdm import tqdm  # comes with vLLM
-
-            self._bar = tqdm(desc="eval", total=self._total, initial=count, unit="answer", leave=False)
-        self._bar.update(count - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -1,12 +1,15 @@
-"""Options that several subcommands share: which cache is meant, and units of numbers."""
+"""Options that several subcommands share: which cache is meant, units of numbers, and what an engine is given."""
 
 import argparse
+import json
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlcache_connector.cli.shown import age, number
+from vlcache_connector.errors import OptionError
 from vlcache_connector.store.control import folder
 from vlcache_connector.store.control.client import RunningCache, discover
 from vlcache_connector.store.control.protocol import CacheCommands, Message, NoCacheError
@@ -69,6 +72,28 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not an object; write for example \'{{"dtype": "bfloat16"}}\'')
+    return found
+
+
+def check_connector(options: Mapping[str, Any], taken: Mapping[str, str]) -> None:
+    """Raises `OptionError` now and not after minutes of starting; also for options that are `taken`, because the
+    command's requests differ in them, with what to do instead.
+    """
+    from vlcache_connector.config import Options
+
+    Options.parse(options)
+    for name, instead in taken.items():
+        if name in options:
+            raise OptionError(f"--connector has {name!r}, which changes from request to request here; {instead}")
 
 
 def _offers(found: list[tuple[RunningCache, Message]]) -> list[str]:

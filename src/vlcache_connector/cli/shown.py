@@ -43,6 +43,34 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset
         yield "  ".join(f"{cell:>{w}}" if title in right else f"{cell:<{w}}" for cell, w, title in cells).rstrip()
 
 
+class Progress:
+    """A bar where somebody sits before it."""
+
+    def __init__(self, what: str, unit: str, total: int) -> None:
+        self._what, self._unit, self._total = what, unit, total
+        self._bar: Any = None
+
+    def show(self, count: int) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            from tqdm import tqdm  # comes with vLLM
+
+            self._bar = tqdm(desc=self._what, total=self._total, initial=count, unit=self._unit, leave=False)
+        self._bar.update(count - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """On standard error, above the bar."""
+        if self._bar is None:
+            print(line, file=sys.stderr)
+        else:
+            self._bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def watched(messages: Iterator[Message], what: str) -> Any:
     """The result of a command; its progress is a bar where somebody sits before it."""
     bar: Any = None

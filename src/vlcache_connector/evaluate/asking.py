@@ -65,6 +65,18 @@ class VLLMAsker:
         self._max_tokens = max_tokens
         self._num_logprobs = min(num_logprobs, vocabulary)
 
+    @property
+    def model_id(self) -> str:
+        """What a profile of this model carries."""
+        from vlcache_connector.engine import fingerprint  # imports PyTorch
+
+        return fingerprint.model_id(self._llm.llm_engine.vllm_config)
+
+    @property
+    def num_layers(self) -> int:
+        number: int = self._llm.model_config.get_total_num_hidden_layers()
+        return number
+
     def forget(self, entries: bool) -> None:
         """Empty vLLM's prefix cache and encoder cache and, if so wished, the connector's store."""
         for _ in range(_FORGET_TRIES):

@@ -5,7 +5,8 @@ other, with vLLM's own caches emptied in between. So a result depends on no othe
 cut off.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -65,15 +66,41 @@ def run(
         for index, question in enumerate(questions):
             missing = [setting for setting in settings if setting.name not in journal.results(question)]
             if missing:
-                asker = asker or _started(start(), question)
-                known = (index + 1) * len(settings) - len(missing)
-                journal.add(question, _ask_all(asker, question, missing, partial(_add_to, progress, known)))
+                with named(question):
+                    asker = asker or _started(start(), question)
+                    known = (index + 1) * len(settings) - len(missing)
+                    journal.add(question, _ask_all(asker, question, missing, partial(_add_to, progress, known)))
             progress((index + 1) * len(settings))
-    except RefusedError as error:
-        raise RefusedError(f"question {question.id!r}: {error}") from error
     finally:
         if asker is not None:
             asker.close()
+
+
+@contextmanager
+def named(question: Question) -> Iterator[None]:
+    """A `RefusedError` says which question it is about."""
+    try:
+        yield
+    except RefusedError as error:
+        raise RefusedError(f"question {question.id!r}: {error}") from error
+
+
+def replies(asker: Asker, question: Question, ways: Sequence[Mapping[str, Any]]) -> Iterator[Reply]:
+    """To a question that is asked with one request's options after the other, each from the same state of the caches.
+    Raises `RefusedError`, and `NoReuseError` when the engine, or the connector, would say no to every question.
+    """
+    for number, options in enumerate(ways):
+        if number == 0 or not question.is_all_warm:  # asking may have left a new picture in the store
+            asker.forget(entries=True)
+            for chat in question.warm:
+                asker.show(chat)
+        asker.forget(entries=False)
+        reply = asker.ask(question.messages, options)
+        if reply.report.get("reason") == "engine":
+            raise NoReuseError("this engine declines all reuse; its log says why (see the README for what is declined)")
+        if reply.report.get("error"):
+            raise NoReuseError(f"the connector refuses the request: {reply.report['error']}")
+        yield reply
 
 
 def _started(asker: Asker, question: Question) -> Asker:
@@ -90,21 +117,13 @@ def _ask_all(
     asker: Asker, question: Question, missing: Sequence[Setting], progress: Callable[[int], None]
 ) -> dict[str, Result]:
     """The yardstick is asked again whenever something is compared with it: its distribution is in no file."""
-    replies: dict[str, Reply] = {}
-    for setting in dict.fromkeys([FULL, *missing]):
-        if not replies or not question.is_all_warm:  # asking may have left a new picture in the store
-            asker.forget(entries=True)
-            for chat in question.warm:
-                asker.show(chat)
-        asker.forget(entries=False)
-        reply = replies[setting.name] = asker.ask(question.messages, setting.options)
-        if reply.report.get("reason") == "engine":
-            raise NoReuseError("this engine declines all reuse; its log says why (see the README for what is declined)")
-        if reply.report.get("error"):
-            raise NoReuseError(f"the connector refuses the request: {reply.report['error']}")
-        progress(sum(setting.name in replies for setting in missing))
-    yardstick = replies[FULL.name]
-    return {setting.name: _result(replies[setting.name], yardstick) for setting in missing}
+    settings = list(dict.fromkeys([FULL, *missing]))
+    found: dict[str, Reply] = {}
+    for setting, reply in zip(settings, replies(asker, question, [each.options for each in settings]), strict=True):
+        found[setting.name] = reply
+        progress(sum(each.name in found for each in missing))
+    yardstick = found[FULL.name]
+    return {setting.name: _result(found[setting.name], yardstick) for setting in missing}
 
 
 def _result(reply: Reply, yardstick: Reply) -> Result:

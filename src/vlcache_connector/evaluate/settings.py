@@ -6,6 +6,8 @@ from typing import Any
 
 from vlcache_connector.errors import OptionError
 from vlcache_connector.policy import NAMES
+from vlcache_connector.policy.layered import Layered
+from vlcache_connector.types import Ratio
 
 _WITHOUT_RATIO = ("none", "full")
 DEFAULT_POLICIES = ("none", "leading", "shifted")
@@ -30,8 +32,7 @@ class Setting:
         """The request's `kv_transfer_params["vlcache"]`."""
         if self.policy is None:
             return {"mode": "off"}
-        ratio = {"none": 0.0, "full": 1.0}.get(self.policy, self.ratio)
-        return {"mode": "reuse", "policy": self.policy, "recompute_ratio": ratio, "explain": True}
+        return reuse(self.policy, {"none": 0.0, "full": 1.0}.get(self.policy, self.ratio))
 
 
 PLAIN = Setting()
@@ -39,11 +40,22 @@ FULL = Setting("full")
 """The yardstick: what the other settings are compared with."""
 
 
-def settings_of(policies: Sequence[str], ratios: Sequence[float]) -> list[Setting]:
-    """Plain, the yardstick, then each policy at each ratio. Raises `OptionError`."""
+def reuse(policy: str, ratio: Ratio | None) -> dict[str, Any]:
+    """A request's `kv_transfer_params["vlcache"]` that has its pictures reused, and says what became of them."""
+    value = list(ratio) if isinstance(ratio, tuple) else ratio
+    return {"mode": "reuse", "policy": policy, "recompute_ratio": value, "explain": True}
+
+
+def settings_of(policies: Sequence[str], ratios: Sequence[float], has_profile: bool = False) -> list[Setting]:
+    """Plain, the yardstick, then each policy at each ratio. Raises `OptionError`; one policy needs a profile."""
     for name in policies:
         if name not in NAMES:
             raise OptionError(f"there is no policy {name!r}; there are {', '.join(NAMES)}")
+        if name == Layered.name and not has_profile:
+            raise OptionError(
+                f'the policy {name!r} needs a profile: --connector \'{{"profile": "profile.json"}}\'; '
+                "`vlcache calibrate` makes one"
+            )
     found = [PLAIN, FULL]
     for name in policies:
         found += [Setting(name)] if name in _WITHOUT_RATIO else [Setting(name, ratio) for ratio in sorted(ratios)]

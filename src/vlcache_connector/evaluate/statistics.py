@@ -1,8 +1,9 @@
 """What a report says of shares and of distributions. Pure functions of plain data."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 Z_95 = 1.959963984540054
 _NOISE = 1e-6
@@ -16,6 +17,25 @@ def wilson(hits: int, number: int) -> tuple[float, float]:
     half = Z_95 / (1 + spread) * math.sqrt(share * (1 - share) / number + spread / (4 * number))
     # With no hit, or all, an end is 0 or 1 exactly, which rounding would miss.
     return (0.0 if hits == 0 else middle - half, 1.0 if hits == number else middle + half)
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """By how much a mean is smaller than another, and half of the 95 % interval of that."""
+
+    mean: float
+    error: float
+
+    @property
+    def is_sure(self) -> bool:
+        return self.mean > self.error
+
+
+def gain(before: Sequence[float], after: Sequence[float]) -> Gain:
+    """Of the same questions in the same order (normal approximation for the mean of differences)."""
+    differences = [a - b for a, b in zip(before, after, strict=True)]
+    error = Z_95 * stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    return Gain(fmean(differences), error)
 
 
 @dataclass(frozen=True, slots=True)
