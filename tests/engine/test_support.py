@@ -69,7 +69,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
         (_set("parallel_config.decode_context_parallel_size", 2), "context parallelism"),
         (_set("cache_config.cache_dtype", "fp8_e5m2"), "fp8_e5m2"),
         (_set("cache_config.kv_sharing_fast_prefill", True), "fast prefill"),
-        (_set("model_config.multimodal_config.video_pruning_rate", 0.3), "pruning"),
+        (_set("model_config.multimodal_config.video_pruning_rate", 0.3), "pruned"),
         (_set("ec_transfer_config", SimpleNamespace(ec_connector="ECExampleConnector")), "ECExampleConnector"),
         (_set("model_config.model_arch_config.architectures", ["Gemma3ForConditionalGeneration"]), "no layer adapter"),
     ],

@@ -39,7 +39,6 @@ def engine_reason(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -
         (parallel.data_parallel_size > 1 and parallel.is_moe_model is not False, "data-parallel mixture of experts"),
         (vllm_config.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill is enabled"),
         (dtype.startswith(("fp8", "int8", "int4", "nvfp4", "turboquant")), f"the KV cache is quantised ({dtype})"),
-        (getattr(vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", bool)(), "media pruning"),
     )
     for applies, sentence in checks:
         if applies:
