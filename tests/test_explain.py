@@ -13,8 +13,8 @@ def report(
     recomputed: list[list[int]], reused: list[list[int]], deeper: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     counts = {f"{name}_tokens": 0 for name in ("prefix_cached", "reused", "recomputed", "computed")}
-    span: dict[str, Any] = {"offset": 5, "length": 60, "is_known": True, "reused": reused, "recomputed": recomputed}
-    span["deeper"] = deeper
+    span: dict[str, Any] = {"modality": "image", "offset": 5, "length": 60, "is_known": True}
+    span |= {"reused": reused, "recomputed": recomputed, "deeper": deeper}
     plan = {"covered": [0, 65], "spans": [span], "recomputed": [[0, 5], *recomputed]}
     return counts | {"approximate": True, "plan": plan}
 
@@ -36,6 +36,15 @@ def test_of_many_runs_the_first_are_shown_and_all_are_counted() -> None:
 
 def test_a_span_without_recomputed_tokens_says_so() -> None:
     assert "image 0    tokens 5-64: recomputed none; reused 5-64" in list(lines(report([], [[5, 65]])))
+
+
+def test_a_video_is_called_one() -> None:
+    seen = report([], [[5, 65]])
+    (image,) = seen["plan"]["spans"]
+    video = image | {"modality": "video", "offset": 70, "is_known": False}
+    shown = list(lines(seen | {"plan": seen["plan"] | {"spans": [image, video]}}))
+    assert "image 0    tokens 5-64: recomputed none; reused 5-64" in shown
+    assert "video 1    tokens 70-129: not in the store" in shown
 
 
 def test_deeper_layers_say_how_much_they_recompute() -> None:

@@ -53,9 +53,9 @@ class Options:
     min_reuse_tokens: int = 64
     """Smallest number of tokens of known media, reused or recomputed, for which a request is worth touching."""
     entry_context: str = "first"
-    """What stands before an image when its KV is computed to be kept: "first", what the first request has there;
-    "alone", nothing but the token that opens every image. That is done when the engine is idle; until then the image is
-    not known."""
+    """What stands before an image or video when its KV is computed to be kept: "first", what the first request has
+    there; "alone", nothing but the token that opens it. That is done when the engine is idle; until then it is not
+    known."""
     audit_fraction: float = 0.0
     """Share of reused requests, in [0, 1], that are computed in full as well once the engine is idle, to see how far
     reuse is off."""
@@ -67,7 +67,7 @@ class Options:
     "xformers" where that package runs."""
     trust_client_uuids: bool = False
     """Accept identifiers of media that vLLM did not make by hashing their content. Only for clients that never give two
-    different images the same UUID."""
+    different media the same UUID."""
     eviction: str = "lru"
     """Which entries leave when room is needed: "lru", the least recently used; "cost", those that save the least engine
     time per byte and use."""

@@ -29,14 +29,15 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         yield f"covered    tokens {_shown([plan['covered']])}, {'approximate' if report['approximate'] else 'exact'}"
     for number, span in enumerate(plan["spans"]):
         place = f"tokens {_shown([[span['offset'], span['offset'] + span['length']]])}"
+        name = f"{span['modality']} {number}"
         if not span["is_known"]:
-            yield f"image {number}    {place}: not in the store"
+            yield f"{name}    {place}: not in the store"
         elif not span["reused"] and not span["recomputed"]:
-            yield f"image {number}    {place}: known, left to the engine"
+            yield f"{name}    {place}: known, left to the engine"
         else:
             reused, recomputed = (_shown(span[kind]) or "none" for kind in ("reused", "recomputed"))
             deeper = "".join(f", {one['count']} of them from layer {one['layer']} on" for one in span["deeper"])
-            yield f"image {number}    {place}: recomputed {recomputed}{deeper}; reused {reused}"
+            yield f"{name}    {place}: recomputed {recomputed}{deeper}; reused {reused}"
     if plan["recomputed"]:
         where = "the first layers" if any(span["deeper"] for span in plan["spans"]) else "every layer"
         yield f"recomputed {_shown(plan['recomputed'])}, in {where}"

@@ -61,6 +61,7 @@ class Span:
     length: int
     kv_key: bytes
     embedding_key: bytes
+    modality: str = "image"  # one of `MODALITIES`
 
     @property
     def end(self) -> int:
@@ -169,7 +170,7 @@ class Extent:
 
 
 KINDS = ("kv", "embedding")
-MODALITIES = ("image",)
+MODALITIES = ("image", "video")
 
 
 @dataclass(frozen=True, slots=True)

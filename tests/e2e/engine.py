@@ -40,10 +40,45 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One request: text and pictures in order."""
+class Video:
+    """A reproducible video; a still one shows one picture all the time. Of the default size it is 80 tokens for
+    Qwen2.5-VL: 4 steps of 2 frames, 5 rows and 4 columns each.
+    """
 
-    parts: Sequence[str | Picture]
+    seed: int
+    num_frames: int = 8
+    width: int = 112
+    height: int = 140
+    fps: float = 3.0
+    is_still: bool = False
+
+    text = "<|vision_start|><|video_pad|><|vision_end|>"
+
+    def frames(self) -> tuple[Any, dict[str, Any]]:
+        """Frames [frames, height, width, 3], and what vLLM wants to know about them."""
+        import numpy as np
+
+        seeds = [self.seed + (0 if self.is_still else 1000 * number) for number in range(self.num_frames)]
+        pictures = [Picture(seed, self.width, self.height) for seed in seeds]
+        about = {
+            "fps": self.fps,
+            "duration": self.num_frames / self.fps,
+            "total_num_frames": self.num_frames,
+            "frames_indices": list(range(self.num_frames)),
+            "video_backend": "opencv",
+            "do_sample_frames": False,
+        }
+        return np.stack([np.asarray(picture.pixels()) for picture in pictures]), about
+
+
+Part = str | Picture | Video
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: text, pictures and videos in order."""
+
+    parts: Sequence[Part]
     mode: str = "reuse"
     ratio: float | None = None
     max_tokens: int = 1
@@ -173,10 +208,12 @@ def request_of(ask: Ask) -> tuple[dict[str, Any], Any]:
     from vllm import SamplingParams
 
     pictures = [part.pixels() for part in ask.parts if isinstance(part, Picture)]
+    videos = [part.frames() for part in ask.parts if isinstance(part, Video)]
     text = "".join(part if isinstance(part, str) else part.text for part in ask.parts)
     prompt: dict[str, Any] = {"prompt": text}
-    if pictures:
-        prompt["multi_modal_data"] = {"image": pictures}
+    if pictures or videos:
+        media = {"image": pictures, "video": videos}
+        prompt["multi_modal_data"] = {modality: items for modality, items in media.items() if items}
     if ask.salt is not None:
         prompt["cache_salt"] = ask.salt
     params = ask.params

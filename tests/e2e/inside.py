@@ -416,6 +416,22 @@ def last_job(llm: Any) -> dict[str, Any]:
     }
 
 
+def positions_of(llm: Any, ask: Ask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rope positions [3, tokens] of a prompt: by the adapter, and by the model from what vLLM's processor made."""
+    prompt, sampling = request_of(ask)
+    llm.llm_engine.add_request("probe", prompt, sampling)
+    scheduler = core(llm).scheduler
+    (request,) = scheduler.requests.values()
+    tokens, features = list(request.prompt_token_ids), request.mm_features
+    state = scheduler.connector._scheduler._states[request.request_id]
+    found = worker(llm)._stack.positions(state.prompt(len(tokens)))
+    expected, _ = model(llm).get_mrope_input_positions(tokens, features)
+    llm.llm_engine.abort_request([request.request_id], internal=True)
+    while llm.llm_engine.has_unfinished_requests() or scheduler.requests:
+        llm.llm_engine.step()
+    return found, expected
+
+
 # -- limits and traces ------------------------------------------------------------------------------------------------
 
 

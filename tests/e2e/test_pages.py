@@ -3,6 +3,7 @@ dense model's.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from checkpoints import Family, cached_checkpoint
 from e2e import inside
 from e2e.dense import DenseModel
-from e2e.engine import Ask, Engine
+from e2e.engine import Ask, Engine, Part
 from e2e.test_reuse import SCENES, show_pictures
 
 
@@ -37,9 +38,14 @@ def test_pages_hold_rotated_rows_where_reused_and_dense_rows_elsewhere(
     fresh: Engine, dense: DenseModel, scene: str, ratio: float
 ) -> None:
     show_pictures(fresh)
-    fresh.call(inside.watch_jobs)
-    fresh.ask_one(Ask(SCENES[scene], ratio=ratio, policy="leading"))
-    job = fresh.call(inside.last_job)
+    check_pages(fresh, dense, SCENES[scene], ratio)
+
+
+def check_pages(engine: Engine, dense: DenseModel, parts: Sequence[Part], ratio: float) -> None:
+    """Ask, and look at the pages; all media are known, and one of them at least stands at another place than before."""
+    engine.call(inside.watch_jobs)
+    engine.ask_one(Ask(parts, ratio=ratio, policy="leading"))
+    job = engine.call(inside.last_job)
     pages, positions = job["pages"], job["positions"]
 
     is_reused = torch.zeros(pages.shape[2], dtype=torch.bool)

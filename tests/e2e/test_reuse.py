@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from e2e import inside
-from e2e.engine import Answer, Ask, Engine, Picture
+from e2e.engine import Answer, Ask, Engine, Part, Picture
 
 A, B, C = Picture(1), Picture(2), Picture(3, 392, 224)
 OPEN, CLOSE = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -40,7 +40,7 @@ def show_pictures(engine: Engine) -> None:
     engine.forget()
 
 
-def plain(engine: Engine, parts: Sequence[str | Picture]) -> Answer:
+def plain(engine: Engine, parts: Sequence[Part]) -> Answer:
     engine.forget()
     return engine.ask_one(Ask(parts, "off"))
 
@@ -55,10 +55,10 @@ def answers_alone(engine: Engine, asks: Sequence[Ask]) -> list[Answer]:
     return answers
 
 
-def noise_of(engine: Engine) -> float:
+def noise_of(engine: Engine, media: Sequence[Part] = (A, B)) -> float:
     gaps = []
     for length in range(32):  # each way in which a prompt can stand to the block borders
-        parts = [OPEN, A, B, " x" * length, CLOSE]
+        parts = [OPEN, *media, " x" * length, CLOSE]
         computed = plain(engine, parts)
         from_cache = engine.ask_one(Ask(parts, "off"))
         assert from_cache.num_cached_tokens > 0

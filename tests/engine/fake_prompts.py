@@ -1,4 +1,6 @@
-"""Requests for the fake engine: prompts of text and images, as vLLM's own request objects, and what is true of them."""
+"""Requests for the fake engine: prompts of text, images and videos, as vLLM's own request objects, and what is true of
+them.
+"""
 
 import hashlib
 import random
@@ -29,10 +31,53 @@ class Image:
     def identifier(self) -> str:
         return hashlib.sha256(f"{self.name}:{self.num_tokens}".encode()).hexdigest()
 
+    @property
+    def modality(self) -> str:
+        return "image"
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return 1, 2, 2 * self.num_tokens
+
+    def data(self) -> dict[str, MultiModalFieldElem]:
+        """As vLLM's processor describes it."""
+        grid = torch.tensor(self.grid)
+        return {
+            "image_grid_thw": MultiModalFieldElem(grid, MultiModalBatchedField(keep_on_cpu=True)),
+            "pixel_values": MultiModalFieldElem(grid, MultiModalBatchedField()),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Video(Image):
+    """A token for each step of `seconds`. Its identifier is that of an image of the same name and size, as when a
+    client gives both one UUID, and says nothing of the speed.
+    """
+
+    seconds: float = 1.0
+
+    @property
+    def modality(self) -> str:
+        return "video"
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.num_tokens, 2, 2
+
+    def data(self) -> dict[str, MultiModalFieldElem]:
+        grid = torch.tensor(self.grid)
+        return {
+            "video_grid_thw": MultiModalFieldElem(grid, MultiModalBatchedField(keep_on_cpu=True)),
+            "second_per_grid_ts": MultiModalFieldElem(
+                torch.tensor(self.seconds), MultiModalBatchedField(keep_on_cpu=True)
+            ),
+            "pixel_values_videos": MultiModalFieldElem(grid, MultiModalBatchedField()),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request: text as token ids, and images."""
+    """A request: text as token ids, images and videos."""
 
     parts: Sequence[int | Image]
     mode: str = "reuse"
@@ -67,13 +112,8 @@ def features_of(parts: Sequence[int | Image]) -> list[MultiModalFeatureSpec]:
     features, offset = [], 0
     for part in parts:
         if isinstance(part, Image):
-            grid = torch.tensor([1, 2, 2 * part.num_tokens])
-            data = MultiModalKwargsItem(
-                image_grid_thw=MultiModalFieldElem(grid, MultiModalBatchedField(keep_on_cpu=True)),
-                pixel_values=MultiModalFieldElem(grid, MultiModalBatchedField()),
-            )
-            place = PlaceholderRange(offset, part.num_tokens)
-            features.append(MultiModalFeatureSpec(data, "image", part.identifier, place))
+            data, place = MultiModalKwargsItem(part.data()), PlaceholderRange(offset, part.num_tokens)
+            features.append(MultiModalFeatureSpec(data, part.modality, part.identifier, place))
         offset += part.num_tokens if isinstance(part, Image) else 1
     return features
 

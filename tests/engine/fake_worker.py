@@ -124,7 +124,7 @@ class FakeWorker:
             _answer(results, load.job_id, "lost" if is_lost else None)
         for request_id, indices in output.scheduled_encoder_inputs.items():
             for feature in (self._live[request_id].features[index] for index in indices):
-                has_pixels = self.keeps_pixels or "pixel_values" in feature.data
+                has_pixels = self.keeps_pixels or feature.data.keys() & {"pixel_values", "pixel_values_videos"}
                 assert has_pixels, "the engine wants to encode an image whose pixels it dropped"
                 self.encoder_cache.add(feature.identifier)
                 self.encoded.append(feature.identifier)

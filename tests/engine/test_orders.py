@@ -8,6 +8,7 @@ from engine.fake_prompts import Ask, Image, text
 from engine.fake_records import Entry
 from engine.scenes import PROMPT, A, B, C, drop_entries, reused, show
 from vlcache_connector.engine.metadata import SpanLoad
+from vlcache_connector.exec.model import Media
 from vlcache_connector.plan.keys import entry_class
 from vlcache_connector.policy import POLICIES
 from vlcache_connector.policy.shifted import MIN_SAMPLES
@@ -17,8 +18,9 @@ LARGE = Image("large", MAX_ORDERED + 20)
 
 
 def span_of(engine: FakeEngine, image: Image, salt: str | None = None) -> Span:
-    keys = engine.session.keys
-    return Span(7, image.num_tokens, keys.kv(image.identifier, salt), keys.embedding(image.identifier, salt))
+    keys, media = engine.session.keys, Media(7, image.num_tokens, image.grid)
+    name = (media.modality, image.identifier, salt)
+    return Span(media.offset, media.length, keys.kv(*name, media.places), keys.embedding(*name))
 
 
 def order_of(engine: FakeEngine, image: Image) -> list[int]:
@@ -66,7 +68,7 @@ def test_of_an_entry_that_is_being_written_nothing_is_known(make_engine: MakeEng
     engine = make_engine()
     span, session = span_of(engine, A), engine.session
     nbytes = session.layout.kv_nbytes(A.num_tokens)
-    entry = session.reserve(span.kv_key, nbytes, A.num_tokens, entry_class("kv", None))
+    entry = session.reserve(span.kv_key, nbytes, A.num_tokens, entry_class("kv", "image", None))
     assert session.index.holds(span.kv_key) and orders(engine, span) == [[]]
     session.index.discard(entry)
     show(engine, A)

@@ -69,6 +69,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
         (_set("parallel_config.decode_context_parallel_size", 2), "context parallelism"),
         (_set("cache_config.cache_dtype", "fp8_e5m2"), "fp8_e5m2"),
         (_set("cache_config.kv_sharing_fast_prefill", True), "fast prefill"),
+        (_set("model_config.multimodal_config.video_pruning_rate", 0.3), "pruned"),
         (_set("ec_transfer_config", SimpleNamespace(ec_connector="ECExampleConnector")), "ECExampleConnector"),
         (_set("model_config.model_arch_config.architectures", ["Gemma3ForConditionalGeneration"]), "no layer adapter"),
     ],
@@ -119,12 +120,25 @@ def test_media_items_are_declined_with_their_reason() -> None:
 
     sparse = PlaceholderRange(3, 4, is_embed=torch.tensor([True, False, True, True]))
     assert feature_reason(_feature(), False) is None
-    assert feature_reason(_feature(modality="video"), False) is Reason.MODALITY
+    assert feature_reason(_feature(modality="audio"), False) is Reason.MODALITY
     assert feature_reason(_feature(data=None), False) is Reason.EMBEDDING_INPUT
     assert feature_reason(_feature(data={"image_embeds": object()}), False) is Reason.EMBEDDING_INPUT
     assert feature_reason(_feature(mm_position=sparse), False) is Reason.SPARSE_PLACEHOLDER
     assert feature_reason(_feature(identifier="3f-image-0"), False) is Reason.CLIENT_UUID
     assert feature_reason(_feature(identifier="3f-image-0"), True) is None
+
+
+def test_a_video_is_accepted_when_it_is_one_run_of_frames() -> None:
+    from vllm.multimodal.inputs import PlaceholderRange
+
+    with_text_between = PlaceholderRange(3, 4, is_embed=torch.tensor([False, True, False, True]))
+    video = {"modality": "video", "data": {"video_grid_thw": object(), "pixel_values_videos": object()}}
+    embedded = {"video_embeds": object(), "video_grid_thw": object()}
+    assert feature_reason(_feature(**video), False) is None
+    assert feature_reason(_feature(**video, mm_position=with_text_between), False) is Reason.SPARSE_PLACEHOLDER
+    assert feature_reason(_feature(**video | {"data": embedded}), False) is Reason.EMBEDDING_INPUT
+    assert feature_reason(_feature(modality="video"), False) is Reason.EMBEDDING_INPUT, "it has no grid of a video"
+    assert feature_reason(_feature(**video, identifier="3f-video-0"), False) is Reason.CLIENT_UUID
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.5", "0.32"])

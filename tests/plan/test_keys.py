@@ -9,10 +9,19 @@ from vlcache_connector.plan.keys import KeySpace, by_tag, digest, entry_class, i
 from vlcache_connector.types import EntryClass
 
 IMAGE = "3a" * 32
+PLACES = "(1, 20, 20) None"
 
 
 def space(kv_facts: bytes = b"kv facts", embedding_facts: bytes = b"embedding facts", epoch: bytes = b"") -> KeySpace:
     return KeySpace(kv_facts, embedding_facts, epoch)
+
+
+def kv(keys: KeySpace, identifier: str, salt: str | None, modality: str = "image", places: str = PLACES) -> bytes:
+    return keys.kv(modality, identifier, salt, places)
+
+
+def embedding(keys: KeySpace, identifier: str, salt: str | None, modality: str = "image") -> bytes:
+    return keys.embedding(modality, identifier, salt)
 
 
 def test_a_digest_is_sha256_over_length_prefixed_parts() -> None:
@@ -41,29 +50,33 @@ def test_parts_cannot_be_shifted_into_each_other() -> None:
 
 
 def test_keys_have_full_width() -> None:
-    assert len(space().kv(IMAGE, None)) == len(space().embedding(IMAGE, None)) == 32
+    assert len(kv(space(), IMAGE, None)) == len(embedding(space(), IMAGE, None)) == 32
 
 
 def test_the_same_fields_give_the_same_key() -> None:
-    assert space().kv(IMAGE, "x") == space().kv(IMAGE, "x")
-    assert space().embedding(IMAGE, "x") == space().embedding(IMAGE, "x")
+    assert kv(space(), IMAGE, "x") == kv(space(), IMAGE, "x")
+    assert embedding(space(), IMAGE, "x") == embedding(space(), IMAGE, "x")
 
 
 def test_every_field_changes_the_key() -> None:
     keys = {
-        "base": space().kv(IMAGE, "x"),
-        "kind": space().embedding(IMAGE, "x"),
-        "facts": space(kv_facts=b"kv factz").kv(IMAGE, "x"),
-        "epoch": space(epoch=b"\1").kv(IMAGE, "x"),
-        "far epoch": space(epoch=b"\1\0").kv(IMAGE, "x"),
-        "first digit": space().kv("4" + IMAGE[1:], "x"),
-        "last digit": space().kv(IMAGE[:-1] + "b", "x"),
-        "shorter identifier": space().kv(IMAGE[:-1], "x"),
-        "no salt": space().kv(IMAGE, None),
-        "empty salt": space().kv(IMAGE, ""),
-        "other salt": space().kv(IMAGE, "y"),
-        "salt that looks like a missing one": space().kv(IMAGE, "-"),
-        "salt of more than ascii": space().kv(IMAGE, "ü"),
+        "base": kv(space(), IMAGE, "x"),
+        "kind": embedding(space(), IMAGE, "x"),
+        "facts": kv(space(kv_facts=b"kv factz"), IMAGE, "x"),
+        "epoch": kv(space(epoch=b"\1"), IMAGE, "x"),
+        "far epoch": kv(space(epoch=b"\1\0"), IMAGE, "x"),
+        "first digit": kv(space(), "4" + IMAGE[1:], "x"),
+        "last digit": kv(space(), IMAGE[:-1] + "b", "x"),
+        "shorter identifier": kv(space(), IMAGE[:-1], "x"),
+        "no salt": kv(space(), IMAGE, None),
+        "empty salt": kv(space(), IMAGE, ""),
+        "other salt": kv(space(), IMAGE, "y"),
+        "salt that looks like a missing one": kv(space(), IMAGE, "-"),
+        "salt of more than ascii": kv(space(), IMAGE, "ü"),
+        "modality": kv(space(), IMAGE, "x", modality="video"),
+        "embedding of another modality": embedding(space(), IMAGE, "x", modality="video"),
+        "grid": kv(space(), IMAGE, "x", places="(1, 40, 10) None"),
+        "seconds": kv(space(), IMAGE, "x", places="(1, 20, 20) 1.0"),
     }
     for (one, a), (other, b) in itertools.combinations(keys.items(), 2):
         assert a != b, f"{one} and {other} share a key"
@@ -71,27 +84,27 @@ def test_every_field_changes_the_key() -> None:
 
 def test_a_kv_key_and_an_embedding_key_differ_even_under_equal_facts() -> None:
     same = space(kv_facts=b"facts", embedding_facts=b"facts")
-    assert same.kv(IMAGE, None) != same.embedding(IMAGE, None)
+    assert kv(same, IMAGE, None) != embedding(same, IMAGE, None)
 
 
 def test_embedding_keys_depend_on_embedding_facts_only() -> None:
-    assert space(kv_facts=b"other").embedding(IMAGE, None) == space().embedding(IMAGE, None)
-    assert space(embedding_facts=b"other").embedding(IMAGE, None) != space().embedding(IMAGE, None)
-    assert space(embedding_facts=b"other").kv(IMAGE, None) == space().kv(IMAGE, None)
+    assert embedding(space(kv_facts=b"other"), IMAGE, None) == embedding(space(), IMAGE, None)
+    assert embedding(space(embedding_facts=b"other"), IMAGE, None) != embedding(space(), IMAGE, None)
+    assert kv(space(embedding_facts=b"other"), IMAGE, None) == kv(space(), IMAGE, None)
 
 
 def test_a_new_epoch_hides_every_older_key() -> None:
     keys = space()
-    old = {keys.kv(IMAGE, None), keys.embedding(IMAGE, None)}
+    old = {kv(keys, IMAGE, None), embedding(keys, IMAGE, None)}
     keys.forget()
-    assert not old & {keys.kv(IMAGE, None), keys.embedding(IMAGE, None)}
+    assert not old & {kv(keys, IMAGE, None), embedding(keys, IMAGE, None)}
 
 
 @pytest.mark.parametrize(("salt", "identifier"), [("x", "yz"), ("xy", "z"), ("", "xyz"), ("xyz", "")])
 def test_salt_and_identifier_do_not_run_into_each_other(salt: str, identifier: str) -> None:
     others = [("x", "yz"), ("xy", "z"), ("", "xyz"), ("xyz", "")]
     others.remove((salt, identifier))
-    assert space().kv(identifier, salt) not in {space().kv(i, s) for s, i in others}
+    assert kv(space(), identifier, salt) not in {kv(space(), i, s) for s, i in others}
 
 
 @pytest.mark.parametrize("identifier", ["0" * 64, "f" * 64, "0123456789abcdef" * 4, hashlib.sha256(b"").hexdigest()])
@@ -132,9 +145,9 @@ def test_a_tenants_tag_is_the_beginning_of_a_digest_and_nobodys_is_empty() -> No
 
 
 def test_the_class_of_an_entry_names_kind_modality_and_tenant() -> None:
-    assert entry_class("kv", None) == EntryClass("kv", "image", "")
-    assert entry_class("embedding", "abc") == EntryClass("embedding", "image", tenant_tag("abc"))
-    assert entry_class("kv", "abc") is entry_class("kv", "abc"), "a million entries share it"
+    assert entry_class("kv", "image", None) == EntryClass("kv", "image", "")
+    assert entry_class("embedding", "video", "abc") == EntryClass("embedding", "video", tenant_tag("abc"))
+    assert entry_class("kv", "image", "abc") is entry_class("kv", "image", "abc"), "a million entries share it"
 
 
 def test_limits_name_tenants_by_salt_and_the_tiers_by_tag() -> None:

@@ -54,10 +54,10 @@ class VLCacheECConnector(ECConnectorBase):
         self._worker: ECWorker | None = None
         if role is ECConnectorRole.SCHEDULER:
             session = SCHEDULERS.attach(self._instance, lambda: SchedulerSession(vllm_config, options, layout))
-            is_verified = not vllm_config.use_v2_model_runner
-            if not is_verified:
-                logger.warning("VLCache stores no encoder outputs: %s", encoder_reason(vllm_config))
-            self._scheduler = ECScheduler(session, is_verified and session.options.mode is not Mode.OFF)
+            reason = encoder_reason(vllm_config)
+            if reason is not None:
+                logger.warning("VLCache stores no encoder outputs: %s", reason)
+            self._scheduler = ECScheduler(session, reason is None and session.options.mode is not Mode.OFF)
         else:
             self._worker = ECWorker(WORKERS.attach(self._instance, lambda: WorkerSession(vllm_config, options, layout)))
 

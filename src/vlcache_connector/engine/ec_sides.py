@@ -10,6 +10,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vlcache_connector.engine.fetches import Wanted
 from vlcache_connector.engine.kv_worker import save_embedding
 from vlcache_connector.engine.live import encode_again
 from vlcache_connector.engine.metadata import EmbeddingJob, JobResults, VLCacheECMetadata
@@ -19,8 +20,10 @@ from vlcache_connector.engine.support import feature_reason
 from vlcache_connector.exec.stopwatch import Stopwatch
 from vlcache_connector.plan.keys import entry_class
 from vlcache_connector.store.host import HostEntry
+from vlcache_connector.types import EntryClass
 
 if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.request import Request
 
 logger = init_logger(f"vllm.{__name__}")
@@ -34,7 +37,7 @@ class _Wanted:
     num_tokens: int
     request_id: str
     index: int
-    salt: str | None
+    entry_class: EntryClass
 
 
 class ECScheduler:
@@ -44,7 +47,7 @@ class ECScheduler:
         self._session = session
         self._is_enabled = is_enabled
         self._salt: str | None = None
-        self._num_embeds: dict[str, int] = {}  # of the media of the request that vLLM is asking for
+        self._asked: dict[str, MultiModalFeatureSpec] = {}  # the media of the request that vLLM is asking for
         self._found: dict[str, HostEntry] = {}  # those of them that vLLM was told of
         self._loads: list[tuple[_Wanted, HostEntry, int]] = []
         self._ready: list[str] = []  # requests whose encoder outputs are all there
@@ -54,26 +57,29 @@ class ECScheduler:
         """vLLM is about to schedule a request from token `num_computed` on. False while one of its encoder outputs is
         on its way up from a tier below.
         """
-        self._salt, self._num_embeds, self._found = request.cache_salt, {}, {}
+        self._salt, self._asked, self._found = request.cache_salt, {}, {}
         if self._is_enabled and wants_embeddings(request, self._session.options):
-            self._num_embeds = {f.identifier: f.mm_position.get_num_embeds() for f in request.mm_features}
+            self._asked = {feature.identifier: feature for feature in request.mm_features}
         fetches = self._session.fetches
         waits = [
-            fetches.wait_for_embedding(request.request_id, key, num_tokens, request.cache_salt)
-            for key, num_tokens in self._uncomputed(request, num_computed)
+            fetches.wait_for_embedding(request.request_id, wanted) for wanted in self._uncomputed(request, num_computed)
         ]
         if waits and not any(waits):
             self._ready.append(request.request_id)
         return not any(waits)
 
-    def _uncomputed(self, request: "Request", num_computed: int) -> Iterator[tuple[bytes, int]]:
-        """Key and number of tokens of each encoder output that the request still needs."""
-        if self._session.lower is None or not self._num_embeds:
+    def _uncomputed(self, request: "Request", num_computed: int) -> Iterator[Wanted]:
+        """Each encoder output that the request still needs."""
+        if self._session.lower is None or not self._asked:
             return
         for feature in request.mm_features:
             if feature.mm_position.offset + feature.mm_position.length > num_computed:
-                key = self._session.keys.embedding(feature.identifier, request.cache_salt)
-                yield key, feature.mm_position.get_num_embeds()
+                yield self._name(feature, request.cache_salt)
+
+    def _name(self, feature: "MultiModalFeatureSpec", salt: str | None) -> Wanted:
+        """The item's encoder output."""
+        key = self._session.keys.embedding(feature.modality, feature.identifier, salt)
+        return key, feature.mm_position.get_num_embeds(), entry_class("embedding", feature.modality, salt)
 
     @locked
     def request_finished(self, request: "Request") -> None:
@@ -82,8 +88,11 @@ class ECScheduler:
     @locked
     def has_cache_item(self, identifier: str) -> bool:
         """Not if the entry is of another size: a client can give two pictures one UUID that looks like a hash."""
-        entry = self._session.index.get(self._session.keys.embedding(identifier, self._salt))
-        if entry is None or entry.num_tokens != self._num_embeds.get(identifier):
+        if identifier not in self._asked:
+            return False
+        key, num_embeds, _ = self._name(self._asked[identifier], self._salt)
+        entry = self._session.index.get(key)
+        if entry is None or entry.num_tokens != num_embeds:
             return False
         self._found[identifier] = entry
         return True
@@ -94,15 +103,14 @@ class ECScheduler:
         session, feature = self._session, request.mm_features[index]
         if not self._is_enabled or not wants_embeddings(request, session.options):
             return
-        key = session.keys.embedding(feature.identifier, request.cache_salt)
-        num_embeds, salt = feature.mm_position.get_num_embeds(), request.cache_salt
-        item = _Wanted(feature.identifier, num_embeds, request.request_id, index, salt)
+        key, num_embeds, of_class = self._name(feature, request.cache_salt)
+        item = _Wanted(feature.identifier, num_embeds, request.request_id, index, of_class)
         entry = self._found.get(feature.identifier)
         if entry is not None and entry.num_tokens != num_embeds:
             entry = None
         if session.has_ec_only:  # else the KV connector has noted what each request looked up
             nbytes = session.layout.embedding_nbytes(num_embeds)
-            session.looked_up(key, nbytes, num_embeds, entry_class("embedding", salt), entry is not None)
+            session.looked_up(key, nbytes, num_embeds, of_class, entry is not None)
         if entry is not None:
             # What `has_cache_item` found made the scheduler skip the encoder, so it is not asked again; pinned at once.
             self._loads.append((item, entry, session.new_job(pinned=[entry])))
@@ -121,7 +129,7 @@ class ECScheduler:
                 if session.index.holds(key):
                     continue
                 nbytes = session.layout.embedding_nbytes(item.num_tokens)
-                entry = session.reserve(key, nbytes, item.num_tokens, entry_class("embedding", item.salt))
+                entry = session.reserve(key, nbytes, item.num_tokens, item.entry_class)
                 if entry is not None:
                     metadata.saves.append(_job(item, entry, session.new_job(written=entry)))
         session.wanted_embeddings.clear()
@@ -158,7 +166,7 @@ class ECWorker:
 
     def save(self, identifier: str, metadata: VLCacheECMetadata) -> None:
         """The encoder has just put `identifier` into the engine's encoder cache. The first such call of a step comes
-        when all images of the step are encoded.
+        when all media of the step are encoded.
         """
         self._watch.stop(0)
         rows = self._session.encoder_cache.get(identifier)

@@ -23,6 +23,8 @@ def encoder_reason(vllm_config: "VllmConfig") -> str | None:
     config = vllm_config.ec_transfer_config
     if vllm_config.use_v2_model_runner:
         return "vLLM's V2 model runner was not verified; set VLLM_USE_V2_MODEL_RUNNER=0"
+    if getattr(vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", bool)():
+        return "tokens of videos are pruned; leave --video-pruning-rate out"
     if config is not None and config.ec_connector != CONNECTOR:
         return f"the encoder connector is {config.ec_connector}; remove --ec-transfer-config"
     return None

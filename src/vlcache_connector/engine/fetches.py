@@ -49,14 +49,14 @@ class Fetches:
             return False
         return self._wait_for_all(request_id, wanted)
 
-    def wait_for_embedding(self, request_id: str, key: bytes, num_tokens: int, salt: str | None) -> bool:
+    def wait_for_embedding(self, request_id: str, wanted: Wanted) -> bool:
         """The same for one encoder output."""
-        session, wanted = self._session, [(key, num_tokens, entry_class("embedding", salt))]
+        session, (key, num_tokens, _) = self._session, wanted
         if session.lower is None or session.index.get(key) is not None:
             return False
-        if self._wait_for_answer(request_id, wanted):
+        if self._wait_for_answer(request_id, [wanted]):
             return True
-        return session.is_held(key, num_tokens) and self._wait_for_all(request_id, wanted)
+        return session.is_held(key, num_tokens) and self._wait_for_all(request_id, [wanted])
 
     def tier(self, request_id: str) -> str:
         """Where the request's entries came from."""
@@ -122,7 +122,7 @@ class Fetches:
 
 def _wanted(spans: Iterable[Span], salt: str | None) -> list[Wanted]:
     return [
-        (key, span.length, entry_class(kind, salt))
+        (key, span.length, entry_class(kind, span.modality, salt))
         for span in spans
         for key, kind in ((span.kv_key, "kv"), (span.embedding_key, "embedding"))
     ]

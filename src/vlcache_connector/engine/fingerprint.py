@@ -20,7 +20,7 @@ _SAMPLE_NBYTES = 4096
 
 
 def kv_facts(vllm_config: "VllmConfig", layout: EntryLayout) -> bytes:
-    """Canonical description of everything the KV of an image depends on."""
+    """Canonical description of everything the KV of a media item depends on."""
     parallel = vllm_config.parallel_config
     facts = {
         "layout": repr(layout),
@@ -32,7 +32,7 @@ def kv_facts(vllm_config: "VllmConfig", layout: EntryLayout) -> bytes:
 
 
 def embedding_facts(vllm_config: "VllmConfig") -> bytes:
-    """Canonical description of everything the encoder embedding of an image depends on."""
+    """Canonical description of everything the encoder embedding of a media item depends on."""
     model = vllm_config.model_config
     facts = {
         "model": model.model,

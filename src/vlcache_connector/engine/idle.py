@@ -1,11 +1,11 @@
-"""Images that could not be saved because something before them was reused: their KV is computed when the engine is
+"""Media that could not be saved because something before them was reused: their KV is computed when the engine is
 idle.
 
-The embedding of such an image is exact and was stored when it was encoded. In an idle step the image is run through the
+The embedding of such an item is exact and was stored when it was encoded. In an idle step the item is run through the
 layers behind the text that opened its conversation, in scratch blocks of the engine's own block pool, and saved as an
-exact entry. So a chat that begins with a known image still learns the later ones.
+exact entry. So a chat that begins with a known picture still learns the later ones.
 
-With the option `entry_context = "alone"` all entries are made here, behind nothing but the token that opens an image:
+With the option `entry_context = "alone"` all entries are made here, behind nothing but the token that opens an item:
 what a request happened to have before it (a legend, say) is then not in the entry that others get.
 """
 
@@ -21,7 +21,7 @@ from vlcache_connector.types import EntryClass, Span
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
 
-_MAX_QUEUED = 256  # prompts are kept in the queue; beyond this, new images are simply not learnt
+_MAX_QUEUED = 256  # prompts are kept in the queue; beyond this, new media are simply not learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class CompileQueue:
         self._pool, self._block_size = pool, block_size
 
     def add(self, span: Span, prompt: Prompt, entry_class: EntryClass) -> None:
-        """Queue the last image of `prompt`, behind the prompt's opening text, or its own start, and nothing else."""
+        """Queue the last item of `prompt`, behind the prompt's opening text, or its own start, and nothing else."""
         if span.kv_key in self._queued:
             return
         if len(self._queue) >= _MAX_QUEUED:
@@ -63,7 +63,7 @@ class CompileQueue:
         self._queued.add(span.kv_key)
 
     def _context(self, prompt: Prompt, span: Span) -> tuple[int, ...]:
-        """The tokens behind which an image is computed; none of them is another image's."""
+        """The tokens behind which an item is computed; none of them is another item's."""
         if not self._alone:
             return prompt.token_ids[: prompt.media[0].offset]
         others_end = max((media.offset + media.length for media in prompt.media[:-1]), default=0)

@@ -49,7 +49,9 @@ T = TypeVar("T")
 
 
 class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
-    """Reuses the KV cache and the encoder output of recurring images. Options: `vlcache_connector.config.Options`."""
+    """Reuses the KV cache and the encoder output of recurring images and videos. Options:
+    `vlcache_connector.config.Options`.
+    """
 
     _cache_hit_source = CacheHitSource.HOST
 

@@ -126,7 +126,7 @@ class VLCacheScheduler:
         self._session.fetches.release(request.request_id)
 
     def _hold_embeddings(self, state: RequestState, plan: ReusePlan) -> None:
-        """vLLM drops the pixels of images that an admitted request has covered. If it is preempted and its blocks are
+        """vLLM drops the pixels of media that an admitted request has covered. If it is preempted and its blocks are
         gone, only the stored encoder output can bring them back: it must not be evicted before the request ends.
         """
         index = self._session.index
@@ -285,7 +285,7 @@ class VLCacheScheduler:
                 wanted.append(("kv", span.kv_key, session.layout.kv_nbytes(span.length)))
             for kind, key, nbytes in wanted:
                 is_hit = session.index.get(key) is not None
-                session.looked_up(key, nbytes, span.length, state.entry_class(kind), is_hit)
+                session.looked_up(key, nbytes, span.length, state.entry_class(kind, span), is_hit)
 
     def _count_decline(self, state: RequestState) -> None:
         reason = state.plan

@@ -65,10 +65,10 @@ class SaveJob:
 
 @dataclass(frozen=True, slots=True)
 class CompileJob:
-    """Compute the KV of an image whose embedding is stored, in scratch blocks, and save it. Only in idle steps."""
+    """Compute the KV of a media item whose embedding is stored, in scratch blocks, and save it. Only in idle steps."""
 
     job_id: int
-    prompt: Prompt  # ends with the image
+    prompt: Prompt  # ends with the item
     block_ids: tuple[int, ...]
     run: Run
     embedding: Extent
@@ -80,7 +80,7 @@ class AuditJob:
     """Compute a prompt with reuse and without, in scratch blocks, and compare. Only in idle steps."""
 
     piece: ReusePiece  # covers the whole prompt; its request is nobody's
-    embeddings: tuple[tuple[int, int, Extent], ...]  # offset, length and encoder output of images that are not reused
+    embeddings: tuple[tuple[int, int, Extent], ...]  # offset, length and encoder output of media that are not reused
     request_id: str  # whose prompt this was
 
     @property

@@ -17,6 +17,7 @@ from vlcache_connector.store.host import HostEntry
 from vlcache_connector.types import EntryClass, Mode, Ratio, Reason, ReusePlan, Run, Span
 
 if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.request import Request
 
 PARAMS_KEY = "vlcache"
@@ -58,9 +59,9 @@ class RequestState:
     reports: bool = False  # whether the response says what happened
     is_traced: bool = False  # its look-ups are in the trace
 
-    def entry_class(self, kind: str) -> EntryClass:
-        """Of this request's entries; `kind` is "kv" or "embedding"."""
-        return entry_class(kind, self.request.cache_salt)
+    def entry_class(self, kind: str, span: Span) -> EntryClass:
+        """Of one of this request's entries; `kind` is "kv" or "embedding"."""
+        return entry_class(kind, span.modality, self.request.cache_salt)
 
     @property
     def namespace(self) -> tuple[str, Ratio]:
@@ -114,6 +115,7 @@ class RequestState:
             part = parts.get(span)
             spans.append(
                 {
+                    "modality": span.modality,
                     "offset": span.offset,
                     "length": span.length,
                     "is_known": number < len(self.available) and self.available[number],
@@ -173,11 +175,25 @@ def _find_spans(state: RequestState, keys: KeySpace, trust_client_uuids: bool) -
         if reason is not None:
             state.declined = None if spans else reason
             break
-        offset, length = feature.mm_position.offset, feature.mm_position.length
-        identifier = feature.identifier
-        spans.append(Span(offset, length, keys.kv(identifier, salt), keys.embedding(identifier, salt)))
-        media.append(Media(offset, length, tuple(feature.data["image_grid_thw"].data.tolist())))
+        item, name = _media_of(feature), (feature.modality, feature.identifier, salt)
+        spans.append(
+            Span(item.offset, item.length, keys.kv(*name, item.places), keys.embedding(*name), feature.modality)
+        )
+        media.append(item)
     state.spans, state.media = tuple(spans), tuple(media)
+
+
+def _media_of(feature: "MultiModalFeatureSpec") -> Media:
+    """Of an item that can be a span."""
+    data: Any = feature.data
+    place, seconds = feature.mm_position, data.get("second_per_grid_ts")
+    return Media(
+        place.offset,
+        place.length,
+        tuple(data[f"{feature.modality}_grid_thw"].data.tolist()),
+        feature.modality,
+        float(seconds.data) if seconds is not None else None,
+    )
 
 
 def wants_embeddings(request: "Request", engine: Options) -> bool:

@@ -40,7 +40,7 @@ class SavePlanner:
                 continue
             if state.is_approximate or self._alone:
                 self._save_embedding(state, number, metadata)  # what it is computed from later
-                self.compiles.add(span, state.prompt(span.end), state.entry_class("kv"))
+                self.compiles.add(span, state.prompt(span.end), state.entry_class("kv", span))
             elif self._save(state, number, metadata):
                 self._save_embedding(state, number, metadata)
 
@@ -49,7 +49,7 @@ class SavePlanner:
         assert self._kv_cache_manager is not None
         session, span = self._session, state.spans[number]
         entry = session.reserve(
-            span.kv_key, session.layout.kv_nbytes(span.length), span.length, state.entry_class("kv")
+            span.kv_key, session.layout.kv_nbytes(span.length), span.length, state.entry_class("kv", span)
         )
         if entry is None:
             return False
@@ -66,7 +66,7 @@ class SavePlanner:
         if session.index.holds(span.embedding_key) or span.embedding_key in session.wanted_embeddings:
             return
         nbytes = session.layout.embedding_nbytes(span.length)
-        entry = session.reserve(span.embedding_key, nbytes, span.length, state.entry_class("embedding"))
+        entry = session.reserve(span.embedding_key, nbytes, span.length, state.entry_class("embedding", span))
         if entry is None:
             return
         features = state.request.mm_features

@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vlcache_connector.engine.encoder_flag import encoder_reason
 from vlcache_connector.engine.models import FAMILIES
 from vlcache_connector.plan.keys import is_content_hash
-from vlcache_connector.types import Reason
+from vlcache_connector.types import MODALITIES, Reason
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,7 +39,6 @@ def engine_reason(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -
         (parallel.data_parallel_size > 1 and parallel.is_moe_model is not False, "data-parallel mixture of experts"),
         (vllm_config.cache_config.kv_sharing_fast_prefill, "KV-sharing fast prefill is enabled"),
         (dtype.startswith(("fp8", "int8", "int4", "nvfp4", "turboquant")), f"the KV cache is quantised ({dtype})"),
-        (getattr(vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", bool)(), "media pruning"),
     )
     for applies, sentence in checks:
         if applies:
@@ -99,9 +98,9 @@ def request_reason(request: "Request") -> Reason | None:
 def feature_reason(feature: "MultiModalFeatureSpec", trust_client_uuids: bool) -> Reason | None:
     """Why this media item cannot be a span; None when it can."""
     data: Any = feature.data
-    if feature.modality != "image":
+    if feature.modality not in MODALITIES:
         return Reason.MODALITY
-    if data is None or "image_embeds" in data or "image_grid_thw" not in data:
+    if data is None or f"{feature.modality}_embeds" in data or f"{feature.modality}_grid_thw" not in data:
         return Reason.EMBEDDING_INPUT
     if feature.mm_position.get_num_embeds() != feature.mm_position.length:
         return Reason.SPARSE_PLACEHOLDER

@@ -16,6 +16,13 @@ class Media:
     offset: int
     length: int
     grid: tuple[int, int, int]  # patches in time, height, width, before the encoder merges them
+    modality: str = "image"
+    seconds: float | None = None  # between two steps of a video's grid; None: what the model takes for granted
+
+    @property
+    def places(self) -> str:
+        """What the positions of its tokens among themselves follow from."""
+        return f"{self.grid} {self.seconds}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,9 +38,9 @@ def tenant_tag(salt: str | None) -> str:
 
 
 @lru_cache(maxsize=1024)
-def entry_class(kind: str, salt: str | None) -> EntryClass:
-    """The class of an image's entry; `kind` is "kv" or "embedding". Entries of one class share one object."""
-    return EntryClass(kind, "image", tenant_tag(salt))
+def entry_class(kind: str, modality: str, salt: str | None) -> EntryClass:
+    """The class of a media item's entry; `kind` is "kv" or "embedding". Entries of one class share one object."""
+    return EntryClass(kind, modality, tenant_tag(salt))
 
 
 def by_tag(limits: Mapping[str, float]) -> dict[str, float]:
@@ -69,13 +69,16 @@ class KeySpace:
     def forget(self) -> None:
         self.epoch = secrets.token_bytes(16)
 
-    def kv(self, identifier: str, salt: str | None) -> bytes:
-        return self._key(b"kv", self.kv_facts, identifier, salt)
+    def kv(self, modality: str, identifier: str, salt: str | None, places: str) -> bytes:
+        """`places`: what the positions of the item's tokens among themselves follow from. The same frames may be shown
+        at another speed.
+        """
+        return self._key(b"kv", self.kv_facts, salt, modality, identifier, places)
 
-    def embedding(self, identifier: str, salt: str | None) -> bytes:
-        return self._key(b"embedding", self.embedding_facts, identifier, salt)
+    def embedding(self, modality: str, identifier: str, salt: str | None) -> bytes:
+        return self._key(b"embedding", self.embedding_facts, salt, modality, identifier)
 
-    def _key(self, kind: bytes, facts: bytes, identifier: str, salt: str | None) -> bytes:
+    def _key(self, kind: bytes, facts: bytes, salt: str | None, *item: str) -> bytes:
         # A missing salt and an empty one are different tenants.
         tenant = b"-" if salt is None else b"+" + salt.encode()
-        return digest(kind, facts, self.epoch, tenant, identifier.encode())
+        return digest(kind, facts, self.epoch, tenant, *(part.encode() for part in item))

@@ -8,7 +8,7 @@ from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from vlcache_connector.errors import UnsupportedModelError
-from vlcache_connector.exec.model import Prompt
+from vlcache_connector.exec.model import Media, Prompt
 from vlcache_connector.exec.rope import Rope
 
 
@@ -36,15 +36,7 @@ class QwenVLStack:
         return len(self._decoder.layers)
 
     def positions(self, prompt: Prompt) -> torch.Tensor:
-        features = [
-            MultiModalFeatureSpec(
-                data={"image_grid_thw": _Field(torch.tensor(media.grid))},
-                modality="image",
-                identifier="",
-                mm_position=PlaceholderRange(media.offset, media.length),
-            )
-            for media in prompt.media
-        ]
+        features = [_feature_of(media) for media in prompt.media]
         positions, _ = self._model.get_mrope_input_positions(list(prompt.token_ids), features)
         return positions
 
@@ -62,6 +54,15 @@ class QwenVLStack:
         normed, _ = self._decoder.norm(hidden, residual)
         found: torch.Tensor | None = self._model.compute_logits(normed)
         return found
+
+
+def _feature_of(media: Media) -> MultiModalFeatureSpec:
+    """The item as far as the position functions read it."""
+    data: dict[str, Any] = {f"{media.modality}_grid_thw": _Field(torch.tensor(media.grid))}
+    if media.seconds is not None:
+        data["second_per_grid_ts"] = _Field(torch.tensor(media.seconds, dtype=torch.float64))
+    place = PlaceholderRange(media.offset, media.length)
+    return MultiModalFeatureSpec(data=data, modality=media.modality, identifier="", mm_position=place)
 
 
 def _rope_of(rotary: Any) -> Rope:

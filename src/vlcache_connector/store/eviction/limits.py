@@ -12,8 +12,8 @@ _NONE: Mapping[str, float] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Class names are "kv" and "embedding" (kinds), "image" (modalities), "tenant" (each tenant by itself) and
-    "tenant:TAG" (one tenant, in place of "tenant"; the TAG is that of `EntryClass.tenant`).
+    """Class names are "kv" and "embedding" (kinds), "image" and "video" (modalities), "tenant" (each tenant by itself)
+    and "tenant:TAG" (one tenant, in place of "tenant"; the TAG is that of `EntryClass.tenant`).
     """
 
     quotas: Mapping[str, float] = field(default_factory=lambda: _NONE)  # class -> share of the tier's capacity
