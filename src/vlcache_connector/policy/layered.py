@@ -21,11 +21,12 @@ class Layered(Shifted):
 
     def check(self, model: str, num_layers: int) -> None:
         """Raises `OptionError` when the profile is of another model than this, which has so many layers."""
-        shares = self._profile.shares
-        if self._profile.model != model or len(shares) != num_layers:
+        layers = len(self._profile.shares)
+        if self._profile.model != model or layers != num_layers:
+            counts = f", of {layers} layers where this one has {num_layers}" if layers != num_layers else ""
             raise OptionError(
-                f"option 'profile' names a file that was made for another model (of {len(shares)} layers; this one has "
-                f"{num_layers}); make one for this model with `vlcache calibrate`"
+                f"option 'profile' names a file that was made for another model{counts}; make one for this model with "
+                "`vlcache calibrate`"
             )
 
     def ratios(self, ratio: float, num_layers: int) -> tuple[float, ...]:
