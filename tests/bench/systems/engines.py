@@ -85,15 +85,16 @@ def started(system: System, max_tokens: int) -> Iterator[Process]:
 
 
 def reason_of(error: Exception) -> str:
-    """Why an engine did not start: the exception in its process, and the statement that raised it."""
+    """Why an engine did not start: the last exception in its process, and the statement that stumbled, if one did."""
     told = str(error).partition("\nend of its log")[0].strip().splitlines()
-    last_frame = max((number for number, line in enumerate(told) if line.startswith("  File ")), default=None)
-    if last_frame is None:
+    frames = [number for number, line in enumerate(told) if line.startswith("  File ")]
+    if not frames:
         return repr(error)
-    behind = told[last_frame + 1 :]
+    statement, *behind = told[frames[-1] + 1 :]
     message = next(number for number, line in enumerate(behind) if not line.startswith(" "))
     reason = " ".join(line.strip() for line in behind[message:] if "further information" not in line)
-    return f"{reason.partition(' [type=')[0]} (raised by `{behind[0].strip()}`)"
+    reason = reason.partition(" [type=")[0]  # of pydantic
+    return f"{reason} (in `{statement.strip()}`)" if reason.startswith(("AttributeError", "TypeError")) else reason
 
 
 @dataclass(frozen=True, slots=True)

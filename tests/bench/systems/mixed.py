@@ -39,7 +39,9 @@ TURN_RATIOS = RATIOS[1:]
 VARIANTS = (PLAIN, ENCODED, EXACT, *map(reuse, RATIOS))
 ROOM_FOR_TEXT = 1024
 WARM_UP = 9999  # the number of a repeat that is not kept
-ANSWER = "There is a good deal to see, most of it near the middle, and some of it is rather hard to make out. " * 3
+# With its question and its picture, a turn adds whole blocks: an exact hit computes as many tokens in each of them.
+ANSWER = "There is a good deal to see, most of it near the middle, and some of it is rather hard to make out. " * 2
+ANSWER += "That is all there is to say about it now. "
 
 Answers = dict[str, Measured]
 Case = tuple[str, int, Answers]  # a title, image tokens, all variants
