@@ -37,12 +37,12 @@ RESULTS = OUT / "bench_systems.json"
 Measure = Callable[[bool, Budget], dict[str, Any]]
 # part -> (what measures it, what prints it, seconds it may take)
 PARTS: dict[str, tuple[Measure, Callable[[dict[str, Any]], None], float]] = {
-    "sizes": (sizes.measure, report.sizes, 720),
-    "mixed": (mixed.measure, report.mixed, 180),
-    "zipf": (zipf.measure, report.zipf, 290),
-    "parts": (parts.measure, report.parts, 110),
-    "text": (text.measure, report.text, 120),
-    "targets": (targets.measure, targets_report.targets, 350),
+    "sizes": (sizes.measure, report.sizes, 780),
+    "mixed": (mixed.measure, report.mixed, 185),
+    "zipf": (zipf.measure, report.zipf, 265),
+    "parts": (parts.measure, report.parts, 105),
+    "text": (text.measure, report.text, 125),
+    "targets": (targets.measure, targets_report.targets, 335),
 }
 
 

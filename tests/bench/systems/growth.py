@@ -30,7 +30,7 @@ from bench.systems.records import Budget
 from bench.systems.sizes import BUDGET_TOKENS, OPENING, OTHER_OPENING, ROOM_FOR_TEXT, SLACK, expect
 
 SIZES, QUICK_SIZES = ((32, 32), (64, 32), (64, 64), (128, 64)), ((16, 16), (32, 32))
-REPEATS, QUICK_REPEATS = 12, 3
+REPEATS, QUICK_REPEATS = 10, 3
 HIT, AGAIN, COPY = "hit", "again", "copy"
 IN_PASS = {f"{RECOMPUTE}: {part}": part for part in PASS_PARTS}  # name as a part of the hit -> of the pass
 PASS_ATTENTION = f"{RECOMPUTE}: {ATTENTION}"

@@ -31,8 +31,6 @@ def targets(content: Content) -> None:
     print("\nTargets")
     rows = [[one.target, one.limit, one.found, one.word] for one in verdicts(content, ttft)]
     print(table(["target", "wanted", "found", ""], rows))
-    if "sizes" not in content:
-        print("targets on the time of a hit: not measured here, run `sizes`")
     for name in ("sizes", "targets"):
         if name in content and content[name]["circumstances"]["is_quick"]:
             print(f"careful: {name} is of a quick run, small and few")

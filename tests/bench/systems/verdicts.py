@@ -27,11 +27,14 @@ class Verdict:
     target: str
     limit: str
     found: str
-    is_met: bool | None  # None: too noisy to say
+    word: str  # MET, MISSED, or why neither
 
-    @property
-    def word(self) -> str:
-        return {True: "met", False: "missed", None: "undecided"}[self.is_met]
+
+MET, MISSED, UNDECIDED, UNMEASURED = "met", "missed", "too noisy to say", "not measured"
+
+
+def _word(is_met: bool) -> str:
+    return MET if is_met else MISSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ def verdicts(content: Mapping[str, Any], ttft: Mapping[str, Any] | None) -> list
         *(_cold(targets["cold"]) if "cold" in targets else ()),
         *(_growth(targets["growth"]) if "growth" in targets else ()),
         *(_lookups(targets["lookups"]) if "lookups" in targets else ()),
-        *(_sizes(content["sizes"], ttft) if "sizes" in content else ()),
+        *_sizes(content.get("sizes", {"records": []}), ttft),
     ]
 
 
@@ -81,10 +84,11 @@ def _cold(found: Mapping[str, Any]) -> Iterator[Verdict]:
     for what, behind in ((f"{found['num_tokens']} new tokens", ""), ("text right behind them", BEHIND)):
         pairs = [(one[COLD + behind], one[PLAIN + behind]) for one in rounds]
         interval, quartiles = median([cold / plain for cold, plain in pairs]), ratio(*zip(*pairs, strict=True))
-        is_met = None if interval.low <= MOST_COLD < interval.high else interval.high <= MOST_COLD
+        is_unclear = interval.low <= MOST_COLD < interval.high
+        word = UNDECIDED if is_unclear else _word(interval.high <= MOST_COLD)
         told = f"{interval.value:.3f}, 95 % {interval.low:.3f}-{interval.high:.3f}"
         told += f", quartiles {quartiles.low:.2f}-{quartiles.high:.2f}, {len(pairs)} pairs"
-        yield Verdict(f"{what}: ours over vLLM without a connector", f"<= {MOST_COLD:g}", told, is_met)
+        yield Verdict(f"{what}: ours over vLLM without a connector", f"<= {MOST_COLD:g}", told, word)
 
 
 def _growth(found: Mapping[str, Any]) -> Iterator[Verdict]:
@@ -97,7 +101,7 @@ def _growth(found: Mapping[str, Any]) -> Iterator[Verdict]:
         told += f" vLLM's own prefix hit {growth.ratio(AGAIN).value:.1f})"
         sizes = f"{first['num_tokens']} to {growth.num_tokens}"
         what = f"{found['budget_tokens']} tokens recomputed, growth {sizes}: hit over copy"
-        yield Verdict(what, f"<= {MOST_GROWTH:g}", told, interval.value <= MOST_GROWTH)
+        yield Verdict(what, f"<= {MOST_GROWTH:g}", told, _word(interval.value <= MOST_GROWTH))
 
 
 def _lookups(found: Mapping[str, Any]) -> Iterator[Verdict]:
@@ -107,25 +111,29 @@ def _lookups(found: Mapping[str, Any]) -> Iterator[Verdict]:
         us = worst["us"][LOOKUP]
         told = f"{statistics.median(us):.0f}, p99 {quantile_us(us, 0.99):.0f} ({worst['case']})"
         what = f"look-up of a request among {found['num_entries']:,} entries, {caches} [us]"
-        yield Verdict(what, f"<= {MOST_LOOKUP_US}", told, statistics.median(us) <= MOST_LOOKUP_US)
+        yield Verdict(what, f"<= {MOST_LOOKUP_US}", told, _word(statistics.median(us) <= MOST_LOOKUP_US))
 
 
 def _sizes(found: Mapping[str, Any], ttft: Mapping[str, Any] | None) -> Iterator[Verdict]:
     rows = [row for row in rows_of(Record(**record) for record in found["records"]) if row.system == "vlcache"]
     for share in LATER:
+        what, limit = f"plain over {reuse(share)}, {FROM_TOKENS} tokens and more", f">= {LEAST_SOONER}"
         large = [row for row in rows if row.variant == reuse(share) and row.num_tokens >= FROM_TOKENS]
-        if large:
-            worst = min(large, key=lambda row: row.plain_over.median)
-            what = f"plain over {reuse(share)}, {FROM_TOKENS} tokens and more"
-            is_met = worst.plain_over.median >= LEAST_SOONER
-            yield Verdict(what, f">= {LEAST_SOONER}", _at(worst, worst.plain_over), is_met)
-    for share, limit in LATER.items():
+        worst = min(large, key=lambda row: row.plain_over.median, default=None)
+        if worst is None:
+            yield Verdict(what, limit, "-", UNMEASURED)
+        else:
+            word = _word(worst.plain_over.median >= LEAST_SOONER)
+            yield Verdict(what, limit, _at(worst, worst.plain_over), word)
+    for share, most in LATER.items():
+        what, limit = f"{reuse(share)} over exact hit, {LATER_FROM_TOKENS} tokens and more", f"<= {most:g}"
         concerned = [row for row in rows if row.variant == reuse(share) and row.num_tokens >= LATER_FROM_TOKENS]
-        if concerned:
-            worst = max(concerned, key=lambda row: row.over_exact.median)
-            what = f"{reuse(share)} over exact hit, {LATER_FROM_TOKENS} tokens and more"
+        worst = max(concerned, key=lambda row: row.over_exact.median, default=None)
+        if worst is None:
+            yield Verdict(what, limit, "-", UNMEASURED)
+        else:
             told = _at(worst, worst.over_exact) + _floor(ttft, share, worst.num_tokens)
-            yield Verdict(what, f"<= {limit:g}", told, worst.over_exact.median <= limit)
+            yield Verdict(what, limit, told, _word(worst.over_exact.median <= most))
 
 
 def _at(row: Row, found: Spread) -> str:

@@ -46,7 +46,7 @@ class Load:
     num_requests: int
 
 
-LOADS = [Load(24, 1, 48), Load(24, 4, 48), Load(24, 16, 48), Load(6, 4, 48), Load(72, 4, 48)]
+LOADS = [Load(24, 1, 40), Load(24, 4, 40), Load(24, 16, 40), Load(6, 4, 40), Load(72, 4, 40)]
 QUICK_LOADS = [Load(4, 1, 8), Load(4, 4, 16), Load(12, 4, 16)]
 
 
