@@ -176,6 +176,7 @@ def zipf(content: Mapping[str, Any], path: Path) -> None:
     axes[1].set_xscale("log", base=2)
     axes[1].xaxis.set_major_formatter("{x:g}")
     axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter("{x:g}")
     axes[1].set_xlabel("clients")
     axes[1].set_ylabel("seconds to the first token")
     axes[1].set_title(f"{common} distinct pictures")

@@ -10,6 +10,12 @@ from bench.systems.laps import PARTS, PASS_PARTS, RECOMPUTE
 from bench.systems.records import Record, Row, rows_of, spread
 
 Content = Mapping[str, Any]
+ZIPF_COLUMNS = (  # title, key of a run
+    ("requests/s", "requests_per_s"),
+    ("p50 [s]", "first_p50_s"),
+    ("p90 [s]", "first_p90_s"),
+    ("longest [s]", "first_longest_s"),
+)
 
 
 def records_of(rows: Sequence[Mapping[str, Any]]) -> list[Record]:
@@ -38,21 +44,24 @@ def mixed(content: Content) -> None:
 
 def zipf(content: Content) -> None:
     runs = content["zipf"]["runs"]
-    cells = []
-    for num_pictures, clients in dict.fromkeys((run["num_pictures"], run["concurrency"]) for run in runs):
-        pairs = _pairs([run for run in runs if (run["num_pictures"], run["concurrency"]) == (num_pictures, clients)])
-        shares = spread([ours["reused_share"] for _, ours in pairs])
-        row = [f"{num_pictures}", f"{clients}", f"{pairs[0][0]['num_requests']}", f"{shares.median:.0%}"]
-        for key in ("requests_per_s", "first_p50_s", "first_p90_s", "first_longest_s"):
-            row += [f"{spread([pair[side][key] for pair in pairs]).median:.3g}" for side in (0, 1)]
-            row.append(str(spread([ours[key] / plain[key] for plain, ours in pairs])))
-        cells.append(row)
+    loads = dict.fromkeys((run["num_pictures"], run["concurrency"]) for run in runs)
+    pairs = {one: _pairs([run for run in runs if (run["num_pictures"], run["concurrency"]) == one]) for one in loads}
     print("\nPopular and less popular pictures, one to three in a prompt behind fresh text; every run starts empty")
     print("Time to the first token: its median, its 90th percentile, and the longest of a run's requests")
-    header = ["pictures", "clients", "requests", "reused"]
-    for what in ("requests/s", "p50 [s]", "p90 [s]", "longest [s]"):
-        header += [f"{what} plain", "ours", "ours/plain"]
-    print(table(header, cells))
+    for columns in (ZIPF_COLUMNS[:2], ZIPF_COLUMNS[2:]):
+        header = ["pictures", "clients", "requests", "reused"]
+        for what, _ in columns:
+            header += [f"{what} plain", "ours", "ours/plain"]
+        cells = []
+        for (num_pictures, clients), of_load in pairs.items():
+            share = spread([ours["reused_share"] for _, ours in of_load]).median
+            row = [f"{num_pictures}", f"{clients}", f"{of_load[0][0]['num_requests']}", f"{share:.0%}"]
+            for _, key in columns:
+                row += [f"{spread([pair[side][key] for pair in of_load]).median:.3g}" for side in (0, 1)]
+                row.append(str(spread([ours[key] / plain[key] for plain, ours in of_load])))
+            cells.append(row)
+        print(table(header, cells))
+        print()
     print_left_out(content["zipf"])
 
 
