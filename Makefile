@@ -33,7 +33,7 @@ sanitize: ## run the tests of the operations under AddressSanitizer and Undefine
 bench: ## measure time to first token with and without reuse
 	@$(PYTHON) tests/bench/bench_ttft.py
 
-bench-systems: ## measure the connector beside its alternatives: sizes, a workload, LMCache on text (25 minutes)
+bench-systems: ## measure the connector beside its alternatives, and against its targets (28 minutes)
 	@$(PYTHON) tests/bench/bench_systems.py
 
 bench-ops: ## measure the operations on the CPU, beside memcpy and the engine's attention

@@ -88,9 +88,12 @@ class Engine:
 
     def forget(self) -> None:
         """Empty vLLM's own prefix and encoder caches; not the entries, not the preprocessed images."""
+        self.forget_prefixes()
+        self.forget_encoder_outputs()
+
+    def forget_prefixes(self) -> None:
         if not self.llm.reset_prefix_cache():
             raise VariantError("vLLM could not reset its prefix cache: a request still holds blocks")
-        self.forget_encoder_outputs()
 
     def forget_encoder_outputs(self) -> None:
         self.llm.llm_engine.reset_encoder_cache()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from bench import photos
 from bench.engine import CONNECTOR, PLACEHOLDER, Engine, Measured
@@ -26,7 +27,7 @@ MODEL: dict[str, Any] = {
 ENGINE: dict[str, Any] = {
     "block_size": 128,
     "max_num_seqs": 32,
-    "limit_mm_per_prompt": {"image": 3, "video": 0},
+    "limit_mm_per_prompt": {"image": 8, "video": 0},
     # One encoder block in eight attends to the whole picture, the others to windows, as in the released models.
     "hf_overrides": {"vision_config": {"fullatt_block_indexes": [7]}},
     "skip_mm_profiling": True,
@@ -38,10 +39,11 @@ LOGS = OUT / "bench_systems_logs"
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """A way to keep what was computed; `options` go to `vllm.LLM`."""
+    """A way to keep what was computed; `options` go to `vllm.LLM`, `environment` is that of its process."""
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def ours(name: str, **options: Any) -> System:
@@ -74,7 +76,8 @@ def started(system: System, max_tokens: int) -> Iterator[Process]:
     log.unlink(missing_ok=True)
     limits = {"max_model_len": max_tokens, "max_num_batched_tokens": max_tokens}
     say(f"the engine of {system.name!r} starts")
-    process = Process(checkpoint, log, None, **(ENGINE | limits | system.options))
+    with patch.dict(os.environ, system.environment) if system.environment else contextlib.nullcontext():
+        process = Process(checkpoint, log, None, **(ENGINE | limits | system.options))
     try:
         yield process
     finally:
@@ -82,9 +85,16 @@ def started(system: System, max_tokens: int) -> Iterator[Process]:
 
 
 def reason_of(error: Exception) -> str:
-    """Why an engine did not start: the last line of the traceback in its process."""
+    """Why an engine did not start: the last exception in its process, and the statement that stumbled, if one did."""
     told = str(error).partition("\nend of its log")[0].strip().splitlines()
-    return told[-1] if told else repr(error)
+    frames = [number for number, line in enumerate(told) if line.startswith("  File ")]
+    if not frames:
+        return repr(error)
+    statement, *behind = told[frames[-1] + 1 :]
+    message = next(number for number, line in enumerate(behind) if not line.startswith(" "))
+    reason = " ".join(line.strip() for line in behind[message:] if "further information" not in line)
+    reason = reason.partition(" [type=")[0]  # of pydantic
+    return f"{reason} (in `{statement.strip()}`)" if reason.startswith(("AttributeError", "TypeError")) else reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +113,7 @@ class Picture:
         return _drawn(self)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _drawn(picture: Picture) -> Any:
     name = photos.NAMES[picture.number % len(photos.NAMES)]
     drawn = photos.of_tokens(name, picture.columns, picture.rows)
@@ -113,22 +123,27 @@ def _drawn(picture: Picture) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One picture between two texts."""
+    """Text with one placeholder for each picture."""
 
-    opening: str
-    picture: Picture
-    question: str = "What does it show?"
+    text: str
+    pictures: tuple[Picture, ...] = ()
 
     @property
-    def text(self) -> str:
-        return f"<|im_start|>user\n{self.opening}{PLACEHOLDER}{self.question}<|im_end|>\n<|im_start|>assistant\n"
+    def num_image_tokens(self) -> int:
+        return sum(picture.num_tokens for picture in self.pictures)
+
+
+def about(opening: str, *pictures: Picture, question: str = "What does it show?") -> Prompt:
+    """Pictures between two texts."""
+    shown = " and ".join([PLACEHOLDER] * len(pictures))
+    return Prompt(f"<|im_start|>user\n{opening}{shown}{question}<|im_end|>\n<|im_start|>assistant\n", pictures)
 
 
 # -- in the engine's process ------------------------------------------------------------------------------------------
 
 
 def ask(llm: Any, prompt: Prompt, vlcache: Mapping[str, Any] | None = None) -> Measured:
-    return Engine(llm).ask(prompt.text, [prompt.picture.pixels()], vlcache)
+    return Engine(llm).ask(prompt.text, [one.pixels() for one in prompt.pictures], vlcache)
 
 
 def num_threads(llm: Any) -> int:
@@ -137,6 +152,10 @@ def num_threads(llm: Any) -> int:
 
 def forget(llm: Any) -> None:
     Engine(llm).forget()
+
+
+def forget_prefixes(llm: Any) -> None:
+    Engine(llm).forget_prefixes()
 
 
 def leave_only_disk(llm: Any, folder: str) -> None:

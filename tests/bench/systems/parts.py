@@ -12,9 +12,9 @@ from typing import Any
 
 from bench.engine import Measured
 from bench.results import say
-from bench.systems.engines import Picture, Process, Prompt, ask, forget, num_threads, ours, started
+from bench.systems.engines import Picture, Process, about, ask, forget, num_threads, ours, started
 from bench.systems.laps import CONNECTOR, LOAD, RECOMPUTE, install, pass_shares, timed
-from bench.systems.records import EXACT, Budget
+from bench.systems.records import EXACT, Budget, reuse
 from bench.systems.sizes import OPENING, OTHER_OPENING, ROOM_FOR_TEXT, expect, expect_exact
 
 CASES = ((52, 32), (64, 64))
@@ -40,8 +40,8 @@ def measure(is_quick: bool, budget: Budget) -> dict[str, Any]:
 
 
 def _case(process: Process, picture: Picture, repeats: int) -> list[dict[str, Any]]:
-    prompt = Prompt(OPENING, picture)
-    process.call(ask, Prompt(OTHER_OPENING, picture), {"mode": "reuse"})
+    prompt = about(OPENING, picture)
+    process.call(ask, about(OTHER_OPENING, picture), {"mode": "reuse"})
     found: dict[str, list[tuple[Measured, dict[str, float]]]] = {}
     for repeat in range(repeats + 1):
         process.call(forget)
@@ -49,12 +49,12 @@ def _case(process: Process, picture: Picture, repeats: int) -> list[dict[str, An
         hits = {EXACT: process.call(timed, prompt, {"mode": "off"})}
         for ratio in RATIOS:
             process.call(forget)
-            hits[_name(ratio)] = process.call(timed, prompt, _reuse(ratio))
+            hits[reuse(ratio)] = process.call(timed, prompt, _reuse(ratio))
         _require_meaning(hits)
         if repeat > 0:  # the first one warms up
             for name, hit in hits.items():
                 found.setdefault(name, []).append(hit)
-    shares = {_name(ratio): process.call(pass_shares, prompt, _reuse(ratio)) for ratio in RATIOS}
+    shares = {reuse(ratio): process.call(pass_shares, prompt, _reuse(ratio)) for ratio in RATIOS}
     rows = []
     for name, repeated in found.items():
         parts = {part: statistics.median(seconds[part] for _, seconds in repeated) for part in repeated[0][1]}
@@ -75,10 +75,6 @@ def _case(process: Process, picture: Picture, repeats: int) -> list[dict[str, An
 
 def _reuse(ratio: float) -> dict[str, Any]:
     return {"mode": "reuse", "recompute_ratio": ratio}
-
-
-def _name(ratio: float) -> str:
-    return f"reuse {ratio:.0%}"
 
 
 def _require_meaning(hits: dict[str, tuple[Measured, dict[str, float]]]) -> None:

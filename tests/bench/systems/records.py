@@ -14,6 +14,11 @@ EXACT = "exact hit"
 PLAIN = "plain"
 
 
+def reuse(ratio: float) -> str:
+    """Name of the variant that recomputes this share of a picture's tokens."""
+    return f"reuse {ratio:.0%}"
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One answer. `num_tokens` is the size of the case: image tokens, or text tokens where there is no image."""

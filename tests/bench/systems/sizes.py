@@ -31,6 +31,7 @@ from bench.systems.engines import (
     Process,
     Prompt,
     System,
+    about,
     ask,
     encoder_connector,
     forget,
@@ -41,7 +42,7 @@ from bench.systems.engines import (
     reason_of,
     started,
 )
-from bench.systems.records import EXACT, PLAIN, Budget, Record
+from bench.systems.records import EXACT, PLAIN, Budget, Record, reuse
 
 CASES = ((16, 16), (32, 32), (52, 32), (64, 64), (128, 64), (128, 128))
 QUICK_CASES = CASES[:2]
@@ -88,7 +89,7 @@ def expect_exact(measured: Measured) -> None:
 def repeat_ours(process: Process, size: tuple[int, int], number: int, folder: Path | None) -> dict[str, Measured]:
     """All variants once. Without a `folder` of the disk tier, the engine has a budget of recomputed tokens."""
     picture = Picture(*size, number)
-    prompt, known = Prompt(OPENING, picture), Prompt(OTHER_OPENING, picture)
+    prompt, known = about(OPENING, picture), about(OTHER_OPENING, picture)
 
     def fresh(what: Prompt, **vlcache: Any) -> Measured:
         process.call(forget)
@@ -105,11 +106,11 @@ def repeat_ours(process: Process, size: tuple[int, int], number: int, folder: Pa
     if number == 0:
         fresh(prompt, mode="reuse")  # the first reuse of this size warms up
     for ratio in RATIOS if folder is not None else (1.0,):
-        name = f"reuse {ratio:.0%}" if folder is not None else f"reuse {BUDGET_TOKENS} tokens"
+        name = reuse(ratio) if folder is not None else f"reuse {BUDGET_TOKENS} tokens"
         found[name] = fresh(prompt, mode="reuse", recompute_ratio=ratio)
     if folder is not None:
         process.call(leave_only_disk, str(folder))
-        found["reuse 2%, disk"] = fresh(prompt, mode="reuse", recompute_ratio=0.02)
+        found[f"{reuse(0.02)}, disk"] = fresh(prompt, mode="reuse", recompute_ratio=0.02)
     require_meaning(found, picture.num_tokens)
     return found
 
@@ -139,8 +140,8 @@ def require_meaning(found: Mapping[str, Measured], num_tokens: int) -> None:
 
 def repeat_other(process: Process, size: tuple[int, int], number: int, keeps: Keeps) -> dict[str, Measured]:
     picture = Picture(*size, number)
-    prompt = Prompt(OPENING, picture, LONG_QUESTION)
-    other = Prompt("Here are other words. " + OPENING, picture, LONG_QUESTION)
+    prompt = about(OPENING, picture, question=LONG_QUESTION)
+    other = about("Here are other words. " + OPENING, picture, question=LONG_QUESTION)
 
     def fresh(what: Prompt) -> Measured:
         process.call(forget)
@@ -219,7 +220,7 @@ def _add_cases(
     most = max(columns * rows for columns, rows in cases)
     with started(system, most + ROOM_FOR_TEXT) as process:
         threads = process.call(num_threads)
-        process.call(ask, Prompt("To warm up. ", Picture(16, 16, 9999)), None)
+        process.call(ask, about("To warm up. ", Picture(16, 16, 9999)), None)
         for size in cases:
             num_tokens = size[0] * size[1]
             for number in range(max(1, repeats - sum(num_tokens > limit for limit in FEWER_ABOVE))):
@@ -244,4 +245,8 @@ def _refusals() -> dict[str, str]:
     ]
     with ThreadPoolExecutor(len(candidates)) as threads:
         reasons = list(threads.map(refusal_of, candidates))
+    # It asks for another model runner: what comes of that, in an environment that no thread may see.
+    asked_for = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    candidates.append(replace(candidates[-1], name="ECCPUConnector, V2 model runner", environment=asked_for))
+    reasons.append(refusal_of(candidates[-1]))
     return {system.name: reason for system, reason in zip(candidates, reasons, strict=True)}
