@@ -16,7 +16,7 @@ from grid_model.scenes import Scene, ask, new_scene
 
 from e2e import inside
 from e2e.engine import Answer, Ask, Engine, Picture
-from vlcache_connector.engine import kv_worker
+from vlcache_connector.engine import piece_loader
 from vlcache_connector.plan.drift import MIN_TO_RAISE, WINDOW
 
 MODEL = Path("examples/grid_model/model")
@@ -138,9 +138,9 @@ def turn_keys_wrongly(llm: Any) -> None:
     """By so many positions that the slowest pair of dimensions turns, too: this model finds cells by content, and
     turning the fast pairs alone (by 10,000 positions, say) moves its answers by 1e-4 nats.
     """
-    delta = kv_worker.position_delta
-    kv_worker.position_delta = lambda stored, wanted: delta(stored, wanted) + 10_000_019
-    inside._undo.append(lambda: setattr(kv_worker, "position_delta", delta))
+    delta = piece_loader.position_delta
+    piece_loader.position_delta = lambda stored, wanted: delta(stored, wanted) + 10_000_019
+    inside._undo.append(lambda: setattr(piece_loader, "position_delta", delta))
 
 
 def damage_entries(llm: Any) -> None:
