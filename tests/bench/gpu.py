@@ -4,7 +4,7 @@ needed.
     python tests/bench/gpu.py [--results FOLDER] [--only PART ...] [--rehearse]
 
 1. checks: all tests of the operations on the device, and a part of them under compute-sanitizer
-2. rows: load_rows and save_rows beside copies on the device, and from and to pinned memory
+2. rows: load_rows, save_rows and shift_rows beside copies on the device, and from and to pinned memory
 3. attention: sparse_query_attention beside PyTorch's attention
 4. engine, where vLLM is installed: reuse end to end, and times to the first token (see gpu_engine.py)
 

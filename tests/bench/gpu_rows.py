@@ -1,5 +1,6 @@
-"""load_rows and save_rows on a GPU: on its own memory beside a copy of the same bytes there, and between host and pages
-as the connector moves entries, beside a copy from and to pinned memory. `gpu.py` runs this.
+"""load_rows, save_rows and shift_rows on a GPU: on its own memory beside a copy of the same bytes there, and between
+host and pages as the connector moves entries, beside a copy from and to pinned memory. `gpu.py` runs this. A shift
+reads half as much again as a copy: the changes.
 
 Pages as vLLM's GPU backends have them: [block, head, 16 tokens, K and V side by side], blocks of a request in random
 order.
@@ -21,7 +22,7 @@ from bench.results import say, table
 from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.exec.rope import Rope
 from vlcache_connector.exec.transfer import load_runs, save_run
-from vlcache_connector.kernels.ops import load_rows, save_rows
+from vlcache_connector.kernels.ops import load_rows, save_rows, shift_rows
 from vlcache_connector.types import Run
 
 BLOCK_SIZE = 16
@@ -68,11 +69,19 @@ class Work:
         slots = self.pages.slots(self.block_ids, [run], 0, self.case.tokens)
         turns = self.rope.turns(DELTA, self.entry.device)
         caches, layout = self.pages.caches, self.pages.layout
+        places = self.rope.places(torch.arange(self.case.tokens)[None], self.entry.device)
+        changes = torch.zeros_like(self.entry[0])
+
+        def shift() -> None:
+            for layer, out in zip(self.entry, self.copy, strict=True):
+                shift_rows(layer, changes, places, turns=turns, is_neox=True, out=out)
+
         return {
             "copy": lambda: self.copy.copy_(self.entry),
             "load": lambda: load_rows(self.entry, caches, slots, layout),
             "load, keys turned": lambda: load_rows(self.entry, caches, slots, layout, turns=turns),
             "save": lambda: save_rows(self.copy, caches, slots, layout),
+            "shift": shift,
         }
 
     def across(self) -> dict[str, Callable[[], object]]:
