@@ -50,7 +50,7 @@ def _dump(number: int, frame: FrameType | None) -> None:
             found |= _scheduler_state(connector._scheduler)
         if connector._worker is not None:
             worker = connector._worker
-            found |= {"positions": len(worker._positions), "errors": len(worker._errors)}
+            found |= {"positions": len(worker._loader._positions), "errors": len(worker._errors)}
     for ec_scheduler in _ec_schedulers:
         found["embedding_loads"] = len(ec_scheduler._loads)
     path = journal.folder() / f"state-{os.getpid()}.json"
@@ -59,7 +59,7 @@ def _dump(number: int, frame: FrameType | None) -> None:
 
 
 def _scheduler_state(scheduler: Any) -> dict[str, Any]:
-    session, pool = scheduler._session, scheduler._kv_cache_manager.block_pool
+    session, pool = scheduler._session, scheduler._pool
     try:
         session.index.check()
         problem = None
