@@ -117,7 +117,7 @@ def _engine() -> Any:
 def _fill(index: Any, num_entries: int) -> None:
     from vlcache_connector.plan.keys import entry_class
 
-    classes = [entry_class(kind, None) for kind in ("kv", "embedding")]
+    classes = [entry_class(kind, "image", None) for kind in ("kv", "embedding")]
     for number in range(num_entries - len(index)):
         entry = index.reserve(os.urandom(32), 256, NUM_TOKENS, classes[number % 2])
         index.commit(entry)
