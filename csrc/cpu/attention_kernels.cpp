@@ -116,14 +116,23 @@ class TileWork {
     visit_type(p_.cache_type, [&](auto tag) {
       using T = typename decltype(tag)::type;
       if constexpr (std::is_same_v<T, BFloat16>) {
-        if (pairs_) unpack_keys<uint32_t, T>(plan_, step, staged_, keys_);
+        if (pairs_) unpack<uint32_t, T>(step);
       }
-      if (!pairs_) unpack_keys<float, T>(plan_, step, staged_, keys_);
-      unpack_values<T>(plan_, step, staged_, values_);
+      if (!pairs_) unpack<float, T>(step);
     });
     score(step, from, to);
-    for (int64_t r = from; r < to; ++r) soften(r);
+    for (int64_t r = from; r < to; ++r) {
+      soften(r);
+      if (pairs_) pack_pairs(scores_ + r * kKeysPerStep, first_[r], last_[r]);
+    }
     add_values(from, to);
+  }
+
+  // Unit: float, or uint32_t for pairs of bfloat16.
+  template <typename Unit, typename T>
+  void unpack(const Step& step) {
+    unpack_keys<Unit, T>(plan_, step, staged_, keys_);
+    unpack_values<Unit, T>(plan_, step, staged_, values_);
   }
 
   void score(const Step& step, int64_t from, int64_t to) {
@@ -197,9 +206,25 @@ class TileWork {
 
   void add_range(int64_t d, int vectors, int64_t from, int64_t to, int64_t first, int64_t last, const float* keep) {
     if (first >= last) return;
-    multiply_all({scores_ + from * kKeysPerStep + first, kKeysPerStep, values_ + d * kKeysPerStep + first * kColumns,
-                  last - first, sums_ + from * width_ + d, width_, keep == nullptr ? &kOne : keep, keep != nullptr},
-                 to - from, vectors);
+    Product all{scores_ + from * kKeysPerStep, kKeysPerStep, values_ + d * kKeysPerStep / (pairs_ ? 2 : 1), 0,
+                sums_ + from * width_ + d, width_, keep == nullptr ? &kOne : keep, keep != nullptr};
+    const auto part = [&](int64_t start, int64_t depth) {
+      Product some = all;
+      some.rows += start;
+      some.panel += start * kColumns;
+      some.depth = depth;
+      all.keep = &kOne;  // the first part has scaled the sums
+      all.keep_stride = 0;
+      return some;
+    };
+    if (!pairs_) {
+      multiply_all(part(first, last - first), to - from, vectors);
+      return;
+    }
+    const int64_t pair = (first + 1) / 2, pairs_end = last / 2;
+    if (first % 2 == 1) add_half(part(first / 2, 1), to - from, vectors, 1);
+    if (pair < pairs_end) multiply_all(part(pair, pairs_end - pair), to - from, vectors, true);
+    if (last % 2 == 1) add_half(part(last / 2, 1), to - from, vectors, 0);
   }
 
   const AttentionPlan& plan_;

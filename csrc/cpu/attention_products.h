@@ -77,12 +77,36 @@ __attribute__((target("avx512bf16"))) void multiply_pairs(const Product& p) {
 }
 
 bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+
+// Elements [first, last) of a row of kKeysPerStep floats become bfloat16, in place, at the row's beginning; so may others.
+__attribute__((target("avx512bf16"))) inline void pack_pairs(float* row, int64_t first, int64_t last) {
+  for (int64_t i = first / kColumns * kColumns; i < last; i += kColumns) {
+    const Floats low = load(row + i), high = load(row + i + kLanes);
+    const __m512bh packed = _mm512_cvtne2ps_pbh(same_bits<__m512>(high), same_bits<__m512>(low));
+    store(row + i / 2, same_bits<Floats>(packed));
+  }
+}
 #else
 template <int kRows, int kVectors>
 void multiply_pairs(const Product&) {}
 
 bool has_pairs() { return false; }
+
+inline void pack_pairs(float*, int64_t, int64_t) {}
 #endif
+
+// Product with one half of a pair of bfloat16: half 0 or 1 of each row's first unit and of the panel's first line.
+inline void add_half(const Product& p, int64_t rows, int vectors, int half) {
+  const auto float_of = [half](auto pairs) { return half == 0 ? pairs << 16 : pairs & 0xffff0000u; };
+  for (int64_t r = 0; r < rows; ++r) {
+    const float weight = same_bits<float>(float_of(same_bits<uint32_t>(p.rows[r * p.row_stride])));
+    for (int v = 0; v < vectors; ++v) {
+      float* out = p.out + r * p.out_stride + v * kLanes;
+      const auto column = same_bits<Floats>(float_of(same_bits<Bits>(load(p.panel + v * kLanes))));
+      store(out, load(out) * p.keep[r * p.keep_stride] + column * weight);
+    }
+  }
+}
 
 template <int kRows>
 void multiply_rows(Product& p, int64_t& rows, int vectors, bool pairs) {

@@ -1,7 +1,7 @@
 // Keys and values of one step of an attention tile: from pages of any layout and type into the panels that the products
 // of attention_products.h read. A panel has 2 * kLanes columns:
 //   keys    [panel of keys][depth][column]   depth counts dimensions, or pairs of bfloat16 ones (32 bits a pair)
-//   values  [panel of dimensions][key][column]
+//   values  [panel of dimensions][depth][column]   depth counts keys, or pairs of bfloat16 ones
 #pragma once
 
 #include <type_traits>
@@ -143,15 +143,30 @@ inline void unpack_keys(const AttentionPlan& plan, const Step& step, float* stag
   transpose_keys<Unit>(rows, step, pages.dim, keys);
 }
 
-template <typename T>
+// Pairs of kLanes neighbours of two rows, the first row's in the low halves; of a missing row all are 0.
+inline Floats load_pairs(const BFloat16* low, const BFloat16* high, int64_t first, int64_t dim) {
+  const auto bits = [&](const BFloat16* row) {
+    return row == nullptr ? Bits{} : same_bits<Bits>(load_units<float>(row, first, dim));  // shifted up by 16
+  };
+  return same_bits<Floats>(bits(low) >> 16 | bits(high));
+}
+
+template <typename Unit, typename T>
 inline void unpack_values(const AttentionPlan& plan, const Step& step, float* staged, float* values) {
   const T* rows[kKeysPerStep];
   const int64_t dim = plan.params.pages.dim;
   find_rows(plan.params, 1, step, reinterpret_cast<T*>(staged), rows);
   for (int64_t first = 0; first < dim; first += kLanes) {
-    float* panel = values + first / kColumns * kColumns * kKeysPerStep + first % kColumns;
-    for (int64_t key = step.skip; key < step.count; ++key) {
-      store(panel + key * kColumns, load_units<float>(rows[key], first, dim));
+    constexpr int64_t kPerUnit = std::is_same_v<Unit, float> ? 1 : 2;
+    float* panel = values + first / kColumns * kColumns * (kKeysPerStep / kPerUnit) + first % kColumns;
+    for (int64_t unit = step.skip / kPerUnit; unit * kPerUnit < step.count; ++unit) {
+      float* to = panel + unit * kColumns;
+      if constexpr (kPerUnit == 1) {
+        store(to, load_units<float>(rows[unit], first, dim));
+      } else {
+        const auto row = [&](int64_t key) { return key < step.skip || key >= step.count ? nullptr : rows[key]; };
+        store(to, load_pairs(row(2 * unit), row(2 * unit + 1), first, dim));
+      }
     }
   }
 }
