@@ -11,7 +11,7 @@ from vlcache_connector.errors import OptionError
 from vlcache_connector.policy import NAMES, policies_of
 from vlcache_connector.types import KINDS, MODALITIES, Mode, Ratio
 
-ATTENTION = ("engine", "vlcache", "xformers")
+ATTENTION = ("auto", "engine", "vlcache", "xformers")
 EVICTION = ("lru", "cost")
 CONTEXTS = ("first", "alone")
 DEFAULT_POLICY, DEFAULT_RATIO = "shifted", 0.02
@@ -62,9 +62,10 @@ class Options:
     audit_kl: float = 0.1
     """Mean KL divergence (nats) of the first token from full computation above which the default recompute ratio is
     raised and, when that does not help, reuse is switched off."""
-    attention: str = "engine"
-    """Attention of recompute passes: "engine" for its own, best for runs of tokens; "vlcache" for scattered tokens;
-    "xformers" where that package runs."""
+    attention: str = "auto"
+    """Attention of recompute passes: "engine" for its own; "vlcache" for ours, to which scattered tokens are one
+    tile and not sequences each; "auto" for ours where a span's tokens are scattered and that is known to be faster, and
+    the engine's otherwise; "xformers" where that package runs."""
     trust_client_uuids: bool = False
     """Accept identifiers of media that vLLM did not make by hashing their content. Only for clients that never give two
     different media the same UUID."""

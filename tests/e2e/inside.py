@@ -12,6 +12,7 @@ from vlcache_connector.engine import fetches
 from vlcache_connector.engine.kv_worker import VLCacheWorker
 from vlcache_connector.engine.metadata import ReusePiece
 from vlcache_connector.engine.session import SCHEDULERS
+from vlcache_connector.exec import recompute
 from vlcache_connector.exec.batch import VirtualBatch
 from vlcache_connector.exec.transfer import save_run
 from vlcache_connector.metrics import merge
@@ -167,10 +168,7 @@ def run_idle(llm: Any) -> int:
 
 def plant(llm: Any, owner: str, name: str, times: int = 1) -> None:
     """Make `owner.name` (a dotted path to a class or module, and a function in it) raise the next `times` times."""
-    module_name, _, attribute = owner.partition(":")
-    target = __import__(module_name, fromlist=["x"])
-    if attribute:
-        target = getattr(target, attribute)
+    target = _owner_of(owner)
     original = getattr(target, name)
     left = times
 
@@ -185,6 +183,12 @@ def plant(llm: Any, owner: str, name: str, times: int = 1) -> None:
     _undo.append(lambda: setattr(target, name, original))
 
 
+def _owner_of(path: str) -> Any:
+    module_name, _, attribute = path.partition(":")
+    module = __import__(module_name, fromlist=["x"])
+    return getattr(module, attribute) if attribute else module
+
+
 def repair(llm: Any) -> None:
     """Take all planted faults back."""
     while _undo:
@@ -192,16 +196,16 @@ def repair(llm: Any) -> None:
 
 
 def count_calls(llm: Any, owner: str, name: str) -> None:
-    """Count calls of a function in a module, for `num_calls`."""
-    module = __import__(owner, fromlist=["x"])
-    function = getattr(module, name)
+    """Count calls of `owner.name`, as for `plant`, for `num_calls`."""
+    target = _owner_of(owner)
+    function = getattr(target, name)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         _calls.append(name)
         return function(*args, **kwargs)
 
-    setattr(module, name, counting)
-    _undo.append(lambda: setattr(module, name, function))
+    setattr(target, name, counting)
+    _undo.append(lambda: setattr(target, name, function))
 
 
 _calls: list[str] = []
@@ -260,16 +264,16 @@ def narrowed(llm: Any) -> list[list[list[int]]]:
 
 
 def _watch_narrowed(worker_of_vllm: Any) -> None:
-    narrow = VirtualBatch.narrowed
+    choose = recompute.kept_at
     _left.clear()
 
-    def noting(self: VirtualBatch, keep: torch.Tensor) -> VirtualBatch:
-        batch = narrow(self, keep)
-        _left.append(batch.positions.tolist())
-        return batch
+    def noting(layer: int, batch: VirtualBatch, *others: Any) -> torch.Tensor:
+        keep = choose(layer, batch, *others)
+        _left.append(batch.positions[keep].tolist())
+        return keep
 
-    VirtualBatch.narrowed = noting  # type: ignore[method-assign]
-    _undo.append(lambda: setattr(VirtualBatch, "narrowed", narrow))
+    recompute.kept_at = noting  # type: ignore[assignment]
+    _undo.append(lambda: setattr(recompute, "kept_at", choose))
 
 
 def _narrowed(worker_of_vllm: Any) -> list[list[int]]:

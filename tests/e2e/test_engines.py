@@ -92,9 +92,14 @@ def test_both_flags_together_store_kv_where_the_scheduler_thinks_it_is(start_her
     assert answer.gap(expected) <= 2 * noise_of(engine) + RESOLUTION
 
 
-@pytest.mark.parametrize("attention", ["vlcache", "engine"])
+LAYERS = 4
+
+
+@pytest.mark.parametrize("attention", ["auto", "vlcache", "engine"])
 def test_passes_with_either_attention_equal_plain_vllm(start_here: Start, attention: str) -> None:
-    """Option `attention`: recompute passes use `sparse_query_attention` or the engine's, its forward always its own."""
+    """Option `attention`: recompute passes use `sparse_query_attention` or the engine's, its forward always its own. By
+    default scattered tokens use ours, and what is recomputed in one run the engine's.
+    """
     engine = start_here(attention, "qwen2_5_vl", "float32", {"host_gib": 0.03, "attention": attention})
     limit = 2 * noise_of(engine) + RESOLUTION
     show_pictures(engine)
@@ -107,6 +112,8 @@ def test_passes_with_either_attention_equal_plain_vllm(start_here: Start, attent
         answer = engine.ask_one(Ask(parts, ratio=1.0))
         assert answer.report["recomputed_tokens"] > 0 and answer.gap(expected) <= limit
         assert (engine.call(inside.num_calls) > 0) == (attention == "vlcache")
+        if engine.ask_one(Ask(parts, ratio=0.3, policy="shifted")).report["reused_tokens"]:
+            assert engine.call(inside.num_calls) == (0 if attention == "engine" else LAYERS - 1), "the last needs none"
 
 
 def test_an_attention_that_is_not_installed_stops_the_engine_with_advice(start_here: Start) -> None:

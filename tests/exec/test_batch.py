@@ -42,6 +42,13 @@ def test_passes_hold_every_token_once_in_order_and_never_too_many(max_tokens: in
         assert len(passes) == -(-len(tokens_of(rows)) // max_tokens), "a pass that is not the last has room left"
 
 
+def test_tokens_are_scattered_in_short_runs_of_what_stays_together() -> None:
+    """Other runs may have been cut by a step's budget: what they are must not depend on that."""
+    rows = [Row(0, Run(0, 5)), Row(0, Run(5, 8), whole=0), Row(0, Run(10, 30), whole=0), Row(1, Run(3, 4), whole=2)]
+    batch = build_batch(rows, [range(10), range(10, 20)], BLOCK_SIZE, CPU)
+    assert batch.scattered.nonzero()[:, 0].tolist() == [5, 6, 7, 28]
+
+
 def test_rows_are_kept_whole_where_they_fit() -> None:
     rows = [Row(0, Run(3, 8)), Row(0, Run(20, 21)), Row(1, Run(0, 10))]
     assert list(split_passes(rows, PassLimits(16, 8))) == [tuple(rows)]

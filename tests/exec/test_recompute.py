@@ -6,7 +6,7 @@ attention over pages, an MLP, and encoder rows that enter before the first layer
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -108,12 +108,17 @@ def dense_forward(
     return torch.stack(result)
 
 
+class KVWritten(Exception):  # noqa: N818, it is no error
+    """Ends a layer of which only the KV is needed."""
+
+
 @dataclass
 class PagedStack:
     """A `LayerStack` and its `AttentionContext`: the decoder over pages that start out as NaN."""
 
     decoder: Decoder
     batches: list[VirtualBatch] = field(default_factory=list)
+    attended: list[int] = field(default_factory=list)  # layers that ran to their end
     rope: Rope = field(default_factory=lambda: Rope(torch.zeros(WIDTH // 2), is_neox=True))
     num_layers: int = NUM_LAYERS
 
@@ -121,14 +126,20 @@ class PagedStack:
         shape = (NUM_LAYERS, 2, NUM_BLOCKS * BLOCK_SIZE, WIDTH)
         self.pages = torch.full(shape, torch.nan, dtype=self.decoder.dtype)
         self._open: VirtualBatch | None = None
+        self._kv_only: int | None = None
 
     @contextmanager
     def attention(
-        self, batch: VirtualBatch, fresh_kv: FreshKV | None = None, queries: Queries | None = None
+        self,
+        batch: VirtualBatch,
+        fresh_kv: FreshKV | None = None,
+        queries: Queries | None = None,
+        kv_only: int | None = None,
     ) -> Iterator[None]:
         self.batches.append(batch)
-        self._open = batch
-        yield
+        self._open, self._kv_only = batch, kv_only
+        with suppress(KVWritten):
+            yield
         self._open = None
 
     def positions(self, prompt: Prompt) -> torch.Tensor:
@@ -148,6 +159,9 @@ class PagedStack:
         x = hidden if residual is None else hidden + residual
         q, k, v = self.decoder.project(layer, x, positions)
         self.pages[layer, 0, self._open.slots], self.pages[layer, 1, self._open.slots] = k, v
+        if layer == self._kv_only:
+            raise KVWritten
+        self.attended.append(layer)
         x = x + self.paged_attention(layer, q, self._open) @ self.decoder.out[layer]
         return torch.tanh(x @ self.decoder.mlp[layer]), x
 
@@ -303,6 +317,16 @@ def test_a_single_wrong_input_is_far_outside_the_bound(part: str) -> None:
         assert_equal_within_rounding(stack.kv(request), request)
 
 
+def test_the_last_layer_runs_to_its_end_only_for_logits() -> None:
+    (request,) = random_requests(random.Random(1), 1)
+    everything = request.input([Run(0, len(request))])
+    stack = PagedStack(Decoder(torch.float64))
+    stack.recompute([everything])
+    assert stack.attended == list(range(NUM_LAYERS - 1))
+    stack.passes().last_logits(everything)
+    assert stack.attended == [*range(NUM_LAYERS - 1), *range(NUM_LAYERS)]
+
+
 @pytest.mark.parametrize("max_tokens", [1, 5, 1000])
 def test_logits_are_those_of_the_last_token_of_the_last_pass(max_tokens: int) -> None:
     """All layers see the KV that a dense forward computes, so the last token's rows can be made from it alone."""
@@ -334,7 +358,11 @@ class Recorder:
 
     @contextmanager
     def attention(
-        self, batch: VirtualBatch, fresh_kv: FreshKV | None = None, queries: Queries | None = None
+        self,
+        batch: VirtualBatch,
+        fresh_kv: FreshKV | None = None,
+        queries: Queries | None = None,
+        kv_only: int | None = None,
     ) -> Iterator[None]:
         self.batches.append(batch)
         yield

@@ -249,10 +249,14 @@ class TellingStack(PagedStack):
 
     @contextmanager
     def attention(
-        self, batch: VirtualBatch, fresh_kv: FreshKV | None = None, queries: Queries | None = None
+        self,
+        batch: VirtualBatch,
+        fresh_kv: FreshKV | None = None,
+        queries: Queries | None = None,
+        kv_only: int | None = None,
     ) -> Iterator[None]:
         self._fresh_kv, self._queries = fresh_kv, queries
-        with super().attention(batch, fresh_kv):
+        with super().attention(batch, fresh_kv, queries, kv_only):
             yield
 
     def run_layer(

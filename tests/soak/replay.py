@@ -64,7 +64,7 @@ class Replay:
         self._pages = Pages(paged, spec.block_size, spec.num_kv_heads, spec.head_size)
         self._blocks = tuple(range(1, num_blocks))
         self._stack = _Listening(worker._stack)
-        contexts = AttentionContexts(config, spec, worker._layer_names, self._pages)
+        contexts = AttentionContexts(config, spec, worker._layer_names, self._pages, worker._session.options.attention)
         limits = PassLimits(config.scheduler_config.max_num_batched_tokens, contexts.max_rows)
         self._pass = Recompute(self._stack, contexts, spec.block_size, limits, self._pages.device)
 

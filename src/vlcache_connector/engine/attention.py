@@ -1,18 +1,18 @@
 """Lets the engine's attention layers see a virtual batch: the metadata that the model runner would build for it, or an
-attention of our own in place of the engine's.
+attention of our own for some or all of its tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vlcache_connector.engine.pass_impl import KVWritten, PassImpl, Share, Shares, replaced
 from vlcache_connector.errors import OptionError
-from vlcache_connector.exec.attention import PASS_ATTENTION, PassAttention
+from vlcache_connector.exec.attention import PASS_ATTENTION, PassAttention, SparseQueryAttention
 from vlcache_connector.exec.batch import VirtualBatch
 from vlcache_connector.exec.pages import Pages
 from vlcache_connector.exec.recompute import FreshKV, Queries
@@ -37,7 +37,7 @@ class AttentionContexts:
         spec: "KVCacheSpec",
         layer_names: Sequence[str],
         pages: Pages,
-        attention: str = "engine",
+        attention: str,
     ) -> None:
         self._vllm_config = vllm_config
         self._layer_names = tuple(layer_names)
@@ -45,35 +45,55 @@ class AttentionContexts:
         layers = vllm_config.compilation_config.static_forward_context
         self._layers: list[Any] = [layers[name] for name in self._layer_names]
         self.max_rows = max(vllm_config.scheduler_config.max_num_seqs, _MIN_ROWS)
-        builder_class = self._layers[0].get_attn_backend().get_builder_cls()
+        backend = self._layers[0].get_attn_backend()
+        self._can_end_early = not backend.forward_includes_kv_cache_update
         sized = _with_rows(vllm_config, self.max_rows)
-        self._builder = builder_class(spec, list(self._layer_names), sized, pages.device)
-        self._replacement: PassAttention | None = None
-        if attention != "engine":
-            _require_plain_attention(self._layers[0], attention)
-            self._replacement = PASS_ATTENTION[attention](pages)
+        self._builder = backend.get_builder_cls()(spec, list(self._layer_names), sized, pages.device)
+        self._own, self._owns_all = _own_attention(attention, self._layers[0], pages), attention != "auto"
 
     @contextmanager
     def __call__(
-        self, batch: VirtualBatch, fresh_kv: FreshKV | None = None, queries: Queries | None = None
+        self,
+        batch: VirtualBatch,
+        fresh_kv: FreshKV | None = None,
+        queries: Queries | None = None,
+        kv_only: int | None = None,
     ) -> Iterator[None]:
         """The context of one pass. Layers run eagerly in it, also when the engine compiles its model."""
-        metadata = self._engine_metadata(batch) if self._replacement is None else batch
+        shares = self._shares_of(batch)
+        engine = shares.engine.batch if shares.engine is not None else batch
+        metadata = self._engine_metadata(engine) if shares.engine is not None else None
+        last = kv_only if self._can_end_early else None
         with ExitStack() as opened:
             opened.enter_context(
                 set_forward_context(
-                    dict.fromkeys(self._layer_names, metadata),
+                    dict.fromkeys(self._layer_names, metadata if metadata is not None else batch),
                     self._vllm_config,
                     num_tokens=batch.num_tokens,
                     slot_mapping=dict.fromkeys(self._layer_names, batch.slots),
                     skip_compiled=True,
                 )
             )
-            if any(each is not None for each in (self._replacement, fresh_kv, queries)):
-                for number, layer in enumerate(self._layers):
-                    impl = _PassImpl(layer.impl, number, batch, self._replacement, fresh_kv, queries)
-                    opened.enter_context(_replaced(layer, impl))
+            for number, layer in enumerate(self._layers):
+                if shares.own is not None or fresh_kv is not None or queries is not None or number == last:
+                    impl = PassImpl(layer.impl, number, shares, self._own, fresh_kv, queries, number == last)
+                    opened.enter_context(replaced(layer, impl))
+            opened.enter_context(suppress(KVWritten))
             yield
+
+    def _shares_of(self, batch: VirtualBatch) -> Shares:
+        everything = Share(batch, None)
+        if self._own is None:
+            return Shares(everything, None)
+        scattered = batch.scattered
+        if self._owns_all or bool(scattered.all()):
+            return Shares(None, everything)
+        if not scattered.any():
+            return Shares(everything, None)
+        engine, own = (
+            Share(batch.narrowed(keep), keep.nonzero()[:, 0].to(self._device)) for keep in (~scattered, scattered)
+        )
+        return Shares(engine, own)
 
     def _engine_metadata(self, batch: VirtualBatch) -> Any:
         start = batch.query_start_loc.to(self._device)
@@ -93,63 +113,6 @@ class AttentionContexts:
         return self._builder.build(0, common)
 
 
-class _PassImpl:
-    """Stands in for the implementation of an attention layer during a pass: the engine's KV update, which `fresh_kv`
-    hears of, and the engine's attention or `attend` in its place, before which `queries` hears.
-    """
-
-    def __init__(
-        self,
-        engine: Any,
-        layer: int,
-        batch: VirtualBatch,
-        attend: PassAttention | None,
-        fresh_kv: FreshKV | None,
-        queries: Queries | None,
-    ) -> None:
-        self._engine = engine
-        self._layer = layer
-        self._batch = batch
-        self._attend = attend
-        self._fresh_kv = fresh_kv
-        self._queries = queries
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        self._engine.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self._fresh_kv is not None:
-            self._fresh_kv(self._layer, key, value)
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        *others: Any,
-        **named: Any,
-    ) -> torch.Tensor:
-        if self._queries is not None:
-            self._queries(self._layer, query)
-        if self._attend is None:
-            attended: torch.Tensor = self._engine.forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *others, **named
-            )
-            return attended
-        num_tokens = self._batch.num_tokens
-        soft_cap = self._engine.logits_soft_cap or 0.0
-        scale = self._engine.scale
-        self._attend(query[:num_tokens], kv_cache, self._batch, scale, soft_cap, output[:num_tokens])
-        return output
-
-
 def _with_rows(vllm_config: "VllmConfig", max_rows: int) -> "VllmConfig":
     """A copy by which a backend makes its buffers large enough for passes of so many rows."""
     sized, scheduler = copy(vllm_config), copy(vllm_config.scheduler_config)
@@ -157,18 +120,12 @@ def _with_rows(vllm_config: "VllmConfig", max_rows: int) -> "VllmConfig":
     return sized
 
 
-@contextmanager
-def _replaced(layer: Any, impl: _PassImpl) -> Iterator[None]:
-    engine = layer.impl
-    layer.impl = impl
-    try:
-        yield
-    finally:
-        layer.impl = engine
-
-
-def _require_plain_attention(layer: Any, attention: str) -> None:
-    """The replacements know scaled dot products with a causal mask and a soft cap, nothing else."""
+def _own_attention(attention: str, layer: Any, pages: Pages) -> PassAttention | None:
+    """What computes attention besides the engine, by the value of the option. All of them know the scaled dot product
+    with a causal mask and a soft cap, nothing else.
+    """
+    if attention == "engine":
+        return None
     impl = layer.impl
     unknown = {
         "updates the KV cache inside attention": layer.get_attn_backend().forward_includes_kv_cache_update,
@@ -176,6 +133,9 @@ def _require_plain_attention(layer: Any, attention: str) -> None:
         "uses attention sinks": getattr(impl, "sinks", None) is not None,
         "quantises queries": layer.query_quant is not None,
     }
-    for what, applies in unknown.items():
-        if applies:
-            raise OptionError(f"option 'attention' is {attention!r}, but this engine {what}; choose 'engine'")
+    found = next((what for what, applies in unknown.items() if applies), None)
+    if attention == "auto":
+        return SparseQueryAttention(pages) if found is None and SparseQueryAttention.is_faster(pages) else None
+    if found is not None:
+        raise OptionError(f"option 'attention' is {attention!r}, but this engine {found}; choose 'engine'")
+    return PASS_ATTENTION[attention](pages)

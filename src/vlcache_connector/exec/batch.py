@@ -14,6 +14,9 @@ import torch
 
 from vlcache_connector.types import Run
 
+SHORT_RUN = 16
+"""A run of fewer tokens of a span is one of scattered tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -25,6 +28,11 @@ class Row:
     request: int
     run: Run
     whole: int | None = None
+
+    @property
+    def is_scattered(self) -> bool:
+        """Depends on nothing but the request: runs of what does not stay together may have been cut anywhere."""
+        return self.whole is not None and len(self.run) < SHORT_RUN
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,11 @@ class VirtualBatch:
     @property
     def max_seq_len(self) -> int:
         return max(row.run.end for row in self.rows)
+
+    @property
+    def scattered(self) -> torch.Tensor:
+        """[tokens] bool, on the CPU: whether each is in a row of scattered tokens."""
+        return torch.tensor([row.is_scattered for row in self.rows]).repeat_interleave(self.query_start_loc.diff())
 
     def narrowed(self, keep: torch.Tensor) -> "VirtualBatch":
         """What is left of it: `keep` [tokens] bool, on the CPU. Runs that are cut become rows of their own."""

@@ -22,8 +22,12 @@ FreshKV = Callable[[int, torch.Tensor, torch.Tensor], None]
 """(layer, keys [rows, heads, dim], values) -> None: called when a layer has written its KV, before attention reads."""
 Queries = Callable[[int, torch.Tensor], None]
 """(layer, queries [rows, heads, dim]) -> None: called before a layer's attention."""
-AttentionContext = Callable[[VirtualBatch, FreshKV | None, Queries | None], AbstractContextManager[None]]
-"""Makes the engine's attention layers see a virtual batch while the context is open."""
+AttentionContext = Callable[
+    [VirtualBatch, FreshKV | None, Queries | None, int | None], AbstractContextManager[None, bool | None]
+]
+"""Makes the engine's attention layers see a virtual batch while the context is open. The last argument is a layer of
+which only KV and queries are needed: the context ends within it, once they are there, where the engine allows that.
+"""
 
 
 class Recompute:
@@ -64,7 +68,7 @@ class Recompute:
         *parts, last = split_passes(sequence.rows(0), self._limits)
         for part in parts:
             self._run_pass(part, [sequence], looked)
-        hidden, residual = self._run_pass(last, [sequence], looked)
+        hidden, residual = self._run_pass(last, [sequence], looked, needs_output=True)
         logits = self._stack.logits(hidden[-1:], residual[-1:] if residual is not None else None)
         return logits[0] if logits is not None else None
 
@@ -74,15 +78,16 @@ class Recompute:
         for rows in split_passes(rows_of(sequences), self._limits):
             batch, positions = self._batch(rows, sequences)
             hidden, added = self._inputs(batch, sequences)
-            with self._context(batch, None, partial(look.on_queries, batch)):
-                self._run_layers(range(self._stack.num_layers), positions, hidden, None, added)
+            end = self._stack.num_layers
+            with self._context(batch, None, partial(look.on_queries, batch), end - 1):
+                self._run_layers(range(end), positions, hidden, None, added)
             num_passes += 1
         return look.scores, num_passes
 
     def _run_pass(
-        self, rows: Sequence[Row], sequences: Sequence[SequenceInput], looked: Looked
+        self, rows: Sequence[Row], sequences: Sequence[SequenceInput], looked: Looked, needs_output: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns what the last layer gave."""
+        """Returns what the last layer gave, where `needs_output` is set."""
         batch, positions = self._batch(rows, sequences)
         spans = PassSpans(batch, sequences, looked)
         hidden, added = self._inputs(batch, sequences)
@@ -94,7 +99,9 @@ class Recompute:
                 for layer in layers:
                     spans.load_without_samples(layer)
             elif layers:
-                with self._context(batch, spans.on_fresh_kv if spans.listens else None, None):
+                is_kv_enough = border == end and not needs_output
+                fresh_kv = spans.on_fresh_kv if spans.listens else None
+                with self._context(batch, fresh_kv, None, end - 1 if is_kv_enough else None):
                     hidden, residual = self._run_layers(layers, positions, hidden, residual, added)
             if border < end:
                 keep = kept_at(border, batch, spans.narrowed, spans.scores, self._total, self._limits.max_rows)
