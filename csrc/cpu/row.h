@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cpu/lanes.h"
+#include "cpu/stream.h"
 #include "numeric.h"
 
 namespace vlcache {
@@ -21,13 +22,17 @@ inline void in_steps(int64_t first, int64_t end, Some some) {
 
 // Rows are short: a call of memcpy takes longer than to move one.
 template <typename T>
-inline void copy_elements(T* to, const T* from, int64_t count) {
+inline void copy_elements(T* to, const T* from, int64_t count, bool streams) {
   constexpr int64_t kWhole = sizeof(Floats) / sizeof(T);
   if (count < kWhole) {
     std::memcpy(to, from, count * sizeof(T));
     return;
   }
-  in_steps<kWhole>(0, count, [&](int64_t i) { std::memcpy(to + i, from + i, sizeof(Floats)); });
+  in_steps<kWhole>(0, count, [&](int64_t i) {
+    Floats some;
+    std::memcpy(&some, from + i, sizeof(some));
+    put_vector(to + i, some, streams);
+  });
 }
 
 // (Not PageLayout::offset: it has external linkage, see numeric.h.)
@@ -35,18 +40,20 @@ inline int64_t row_start(const Strides& strides, int64_t token, int64_t head) {
   return strides.origin + token * strides.token + head * strides.head;
 }
 
-// A row of a page: its elements side by side, or wherever the layout says.
+// A row of a page: its elements side by side, or wherever the layout says. `streams`: what is copied from or to it goes
+// past the caches.
 template <typename T>
 struct DenseRow {
   using Page = T;
   T* start;
+  bool streams;
 
-  explicit DenseRow(T* row) : start(row) {}
-  DenseRow(const PageLayout& pages, T* block, int64_t kv, int64_t token, int64_t head)
-      : start(block + row_start(pages.halves[kv], token, head)) {}
+  DenseRow(T* row, bool streams) : start(row), streams(streams) {}
+  DenseRow(const PageLayout& pages, T* block, int64_t kv, int64_t token, int64_t head, bool streams)
+      : start(block + row_start(pages.halves[kv], token, head)), streams(streams) {}
 
-  void get(int64_t first, int64_t count, T* values) const { copy_elements(values, start + first, count); }
-  void put(int64_t first, int64_t count, const T* values) const { copy_elements(start + first, values, count); }
+  void get(int64_t first, int64_t count, T* values) const { copy_elements(values, start + first, count, streams); }
+  void put(int64_t first, int64_t count, const T* values) const { copy_elements(start + first, values, count, streams); }
 };
 
 template <typename T>

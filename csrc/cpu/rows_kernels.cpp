@@ -18,7 +18,7 @@ namespace VLCACHE_ISA {
 namespace {
 
 // Of pages that are reached by way of a tile: the rows that it has room for.
-constexpr int64_t kTokensAtOnce = 128;
+constexpr int64_t kTokensAtOnce = 64;
 
 // How keys or values lie in a block.
 enum class Way { kDense, kScattered, kTransposed };
@@ -88,9 +88,10 @@ inline void prefetch_square(const Page* first, int64_t step, int64_t rows) {
 
 // Calls visit(page's side, tile's side, rows = dims, columns = tokens of both) for squares of a run's transposed pages.
 // `tile` is [token][head][dim]; `entry` are rows that will be needed next (there may be none: to prefetch is no access).
+// What is written past the caches need not be there: `reads_pages`, `reads_entry`.
 template <typename Page, typename Staged, typename Visit>
 inline void for_transposed(const RowsParams& params, const Run<Page, Staged>& run, int64_t kv, Staged* entry,
-                           Page* tile, Visit visit) {
+                           Page* tile, bool reads_pages, bool reads_entry, Visit visit) {
   const PageLayout& pages = params.pages;
   const Strides& strides = pages.halves[kv];
   for (int64_t head = 0; head < pages.heads; ++head) {
@@ -100,9 +101,11 @@ inline void for_transposed(const RowsParams& params, const Run<Page, Staged>& ru
                                               : first;
     for_squares<Page>(pages.dim, run.count, [&](int64_t d, int64_t token, int64_t dims, int64_t tokens) {
       const Page* ahead = d + dims < pages.dim ? first + (d + dims) * strides.dim : next;
-      prefetch_square(ahead + token, strides.dim, dims < pages.dim - d ? dims : pages.dim - d);
-      prefetch_square(entry + token * params.entry_token_stride + head * params.entry_head_stride + d,
-                      params.entry_token_stride, tokens);
+      if (reads_pages) prefetch_square(ahead + token, strides.dim, dims < pages.dim - d ? dims : pages.dim - d);
+      if (reads_entry) {
+        prefetch_square(entry + token * params.entry_token_stride + head * params.entry_head_stride + d,
+                        params.entry_token_stride, tokens);
+      }
       visit(first + d * strides.dim + token, tile + (token * pages.heads + head) * pages.dim + d, dims, tokens);
     });
   }
@@ -114,8 +117,8 @@ inline void for_transposed(const RowsParams& params, const Run<Page, Staged>& ru
 template <typename Page, typename Staged>
 class Mover {
  public:
-  explicit Mover(const RowsParams& params)
-      : params_(params), pages_(params.pages), ways_{way_of(pages_, 0), way_of(pages_, 1)} {
+  Mover(const RowsParams& params, bool streams)
+      : params_(params), pages_(params.pages), ways_{way_of(pages_, 0), way_of(pages_, 1)}, streams_(streams) {
     if (has_tile(0) || has_tile(1)) tile_.reset(new Page[kTokensAtOnce * pages_.heads * pages_.dim]);
   }
 
@@ -144,8 +147,8 @@ class Mover {
 
  private:
   bool has_tile(int64_t kv) const { return ways_[kv] == Way::kTransposed; }
-  DenseRow<Page> tile_row(int64_t token, int64_t head) const {
-    return DenseRow<Page>(tile_.get() + (token * pages_.heads + head) * pages_.dim);
+  DenseRow<Page> tile_row(int64_t token, int64_t head, bool streams) const {
+    return DenseRow<Page>(tile_.get() + (token * pages_.heads + head) * pages_.dim, streams);
   }
 
   template <typename Run, typename Visit>
@@ -153,7 +156,9 @@ class Mover {
     if (has_tile(0) && has_tile(1)) return;
     for_rows(params_, run, 0, [&](int64_t i, int64_t head, auto* staged) {
       for (int64_t kv = 0; kv < 2; ++kv, staged += params_.entry_kv_stride) {
-        if (ways_[kv] == Way::kDense) visit(kv, DenseRow<Page>(pages_, run.block, kv, run.offset + i, head), staged);
+        if (ways_[kv] == Way::kDense) {
+          visit(kv, DenseRow<Page>(pages_, run.block, kv, run.offset + i, head, streams_), staged);
+        }
         if (ways_[kv] == Way::kScattered) {
           visit(kv, ScatteredRow<Page>(pages_, run.block, kv, run.offset + i, head), staged);
         }
@@ -165,44 +170,47 @@ class Mover {
   void load_tile(const Run<Page, const Staged>& run, int64_t kv) {
     const float scale = scale_of(params_, run.layer, kv);
     for_rows(params_, run, kv, [&](int64_t i, int64_t head, const Staged* staged) {
-      load_row<turn>(params_, tile_row(i, head), staged, scale);
+      load_row<turn>(params_, tile_row(i, head, false), staged, scale);
     });
     const Staged* next = run.staged + kv * params_.entry_kv_stride + run.count * params_.entry_token_stride;
     const int64_t page_step = pages_.halves[kv].dim, tile_step = pages_.heads * pages_.dim;
-    for_transposed(params_, run, kv, next, tile_.get(), [=](Page* page, Page* square, int64_t dims, int64_t tokens) {
-      transpose_part(square, tile_step, tokens, dims, page, page_step);
-    });
+    for_transposed(params_, run, kv, next, tile_.get(), !streams_, true,
+                   [=](Page* page, Page* square, int64_t dims, int64_t tokens) {
+                     transpose_part(square, tile_step, tokens, dims, page, page_step, streams_);
+                   });
   }
 
   void save_tile(const Run<Page, Staged>& run, int64_t kv) {
     const float scale = scale_of(params_, run.layer, kv);
     Staged* staged = run.staged + kv * params_.entry_kv_stride;
     const int64_t page_step = pages_.halves[kv].dim, tile_step = pages_.heads * pages_.dim;
-    for_transposed(params_, run, kv, staged, tile_.get(), [=](Page* page, Page* square, int64_t dims, int64_t tokens) {
-      transpose_part(page, page_step, dims, tokens, square, tile_step);
-    });
+    for_transposed(params_, run, kv, staged, tile_.get(), true, !streams_,
+                   [=](Page* page, Page* square, int64_t dims, int64_t tokens) {
+                     transpose_part(page, page_step, dims, tokens, square, tile_step, false);
+                   });
     for_rows(params_, run, kv, [&](int64_t i, int64_t head, Staged* staged) {
-      save_row(tile_row(i, head), staged, pages_.dim, scale);
+      save_row(tile_row(i, head, streams_), staged, pages_.dim, scale);
     });
   }
 
   const RowsParams& params_;
   const PageLayout& pages_;
   const Way ways_[2];
+  const bool streams_;
   std::unique_ptr<Page[]> tile_;
 };
 
 template <typename Page, typename Staged>
 struct Rows {
-  static void load(const RowsParams& params, int64_t first, int64_t end) {
-    Mover<Page, Staged> mover(params);
+  static void load(const RowsParams& params, int64_t first, int64_t end, bool streams) {
+    Mover<Page, Staged> mover(params, streams);
     if (params.turns == nullptr) return mover.template load<Turn::kNone>(first, end);
     if (params.is_neox) return mover.template load<Turn::kHalves>(first, end);
     mover.template load<Turn::kPairs>(first, end);
   }
 
-  static void save(const RowsParams& params, int64_t first, int64_t end) {
-    Mover<Page, Staged>(params).save(first, end);
+  static void save(const RowsParams& params, int64_t first, int64_t end, bool streams) {
+    Mover<Page, Staged>(params, streams).save(first, end);
   }
 };
 
@@ -225,12 +233,14 @@ void visit_rows(const RowsParams& params, Visit visit) {
 
 }  // namespace
 
-void load_rows(const RowsParams& params, int64_t first, int64_t end) {
-  visit_rows(params, [&](auto rows) { rows.load(params, first, end); });
+void load_rows(const RowsParams& params, int64_t first, int64_t end, bool streams) {
+  visit_rows(params, [&](auto rows) { rows.load(params, first, end, streams); });
+  if (streams) end_stream();
 }
 
-void save_rows(const RowsParams& params, int64_t first, int64_t end) {
-  visit_rows(params, [&](auto rows) { rows.save(params, first, end); });
+void save_rows(const RowsParams& params, int64_t first, int64_t end, bool streams) {
+  visit_rows(params, [&](auto rows) { rows.save(params, first, end, streams); });
+  if (streams) end_stream();
 }
 
 }  // namespace VLCACHE_ISA

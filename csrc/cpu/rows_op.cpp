@@ -32,11 +32,17 @@ RowsParams checked_params(const RowsArguments& args) {
   return params;
 }
 
+// Of several layers: the last ones would push the first ones out of the caches before those are read. One layer is read
+// at once.
+constexpr int64_t kStreamedBytes = 4 << 20;
+
 template <typename Move>
 void move_rows(const RowsParams& params, Move move) {
   const int64_t row_nbytes = 2 * params.pages.heads * params.pages.dim * nbytes_of(params.entry_type);
   if (row_nbytes == 0) return;
-  torch::stable::parallel_for(0, params.layers * params.tokens, grain(row_nbytes), move);
+  const int64_t rows = params.layers * params.tokens;
+  const bool streams = params.layers > 1 && rows >= kStreamedBytes / row_nbytes;
+  torch::stable::parallel_for(0, rows, grain(row_nbytes), [&](int64_t first, int64_t end) { move(first, end, streams); });
 }
 
 void load_rows(const Tensor& entry, const std::vector<Tensor>& caches, const Tensor& slots,
@@ -44,7 +50,9 @@ void load_rows(const Tensor& entry, const std::vector<Tensor>& caches, const Ten
                int64_t block_size, const std::vector<int64_t>& layout, const std::optional<Tensor>& order) {
   const RowsParams params =
       checked_params({entry, caches, slots, turns, is_neox, scales, block_size, layout, order});
-  move_rows(params, [&](int64_t first, int64_t end) { VLCACHE_CALL(load_rows, params, first, end) });
+  move_rows(params, [&](int64_t first, int64_t end, bool streams) {
+    VLCACHE_CALL(load_rows, params, first, end, streams)
+  });
 }
 
 void save_rows(const Tensor& entry, const std::vector<Tensor>& caches, const Tensor& slots,
@@ -52,7 +60,9 @@ void save_rows(const Tensor& entry, const std::vector<Tensor>& caches, const Ten
                const std::optional<Tensor>& order) {
   const RowsParams params =
       checked_params({entry, caches, slots, std::nullopt, true, scales, block_size, layout, order});
-  move_rows(params, [&](int64_t first, int64_t end) { VLCACHE_CALL(save_rows, params, first, end) });
+  move_rows(params, [&](int64_t first, int64_t end, bool streams) {
+    VLCACHE_CALL(save_rows, params, first, end, streams)
+  });
 }
 
 }  // namespace

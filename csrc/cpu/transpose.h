@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/stream.h"
 #include "cpu/vectors.h"
 
 namespace vlcache {
@@ -37,14 +38,14 @@ inline void separate_halves(Halves& a, Halves& b, std::integer_sequence<int, kHa
   a = evens;
 }
 
-// Squares and halves of them: to[j][i] = from[i][j]. Of 32-bit elements:
-inline void transpose_square(const float* from, int64_t from_step, float* to, int64_t to_step) {
+// Squares and halves of them: to[j][i] = from[i][j]. `streams`: past the caches. Of 32-bit elements:
+inline void transpose_square(const float* from, int64_t from_step, float* to, int64_t to_step, bool streams) {
   Floats rows[kLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) rows[i] = load(from + i * from_step);
   transpose(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store(to + i * to_step, rows[i]);
+  for (int i = 0; i < kLanes; ++i) put_vector(to + i * to_step, rows[i], streams);
 }
 
 // kLanes rows of 16-bit elements as pairs of neighbours; lane j of pairs[i] becomes element (2i, 2i + 1) of row j.
@@ -55,25 +56,29 @@ inline void transpose_pairs(const uint16_t* from, int64_t from_step, Floats (&pa
 }
 
 // Writes the two rows of `to` from `first` on: the even and the odd halves of both vectors' lanes.
-inline void put_pairs(Floats a, Floats b, uint16_t* to, int64_t first, int64_t to_step, size_t nbytes) {
+inline void put_pairs(Floats a, Floats b, uint16_t* to, int64_t first, int64_t to_step, bool streams) {
   Halves evens = same_bits<Halves>(a), odds = same_bits<Halves>(b);
   separate_halves(evens, odds, std::make_integer_sequence<int, 2 * kLanes>{});
-  std::memcpy(to + first * to_step, &evens, nbytes);
-  std::memcpy(to + (first + 1) * to_step, &odds, nbytes);
+  put_vector(to + first * to_step, evens, streams);
+  put_vector(to + (first + 1) * to_step, odds, streams);
 }
 
-inline void transpose_square(const uint16_t* from, int64_t from_step, uint16_t* to, int64_t to_step) {
+inline void transpose_square(const uint16_t* from, int64_t from_step, uint16_t* to, int64_t to_step, bool streams) {
   Floats upper[kLanes], lower[kLanes];
   transpose_pairs(from, from_step, upper);
   transpose_pairs(from + kLanes * from_step, from_step, lower);
-  for (int i = 0; i < kLanes; ++i) put_pairs(upper[i], lower[i], to, 2 * i, to_step, sizeof(Floats));
+  for (int i = 0; i < kLanes; ++i) put_pairs(upper[i], lower[i], to, 2 * i, to_step, streams);
 }
 
 // The upper half of a square: kLanes rows, 2 * kLanes columns.
 inline void transpose_wide(const uint16_t* from, int64_t from_step, uint16_t* to, int64_t to_step) {
   Floats pairs[kLanes];
   transpose_pairs(from, from_step, pairs);
-  for (int i = 0; i < kLanes; ++i) put_pairs(pairs[i], pairs[i], to, 2 * i, to_step, sizeof(Floats) / 2);
+  for (int i = 0; i < kLanes; ++i) {
+    uint16_t both[2][2 * kLanes];
+    put_pairs(pairs[i], pairs[i], both[0], 0, 2 * kLanes, false);
+    for (int odd = 0; odd < 2; ++odd) std::memcpy(to + (2 * i + odd) * to_step, both[odd], sizeof(Floats) / 2);
+  }
 }
 
 // The left half of a square: 2 * kLanes rows, kLanes columns. A vector holds row i beside row i + kLanes.
@@ -86,7 +91,7 @@ inline void transpose_tall(const uint16_t* from, int64_t from_step, uint16_t* to
     std::memcpy(&pairs[i], row, sizeof(row));
   }
   transpose(pairs);
-  for (int i = 0; i < kLanes / 2; ++i) put_pairs(pairs[i], pairs[i + kLanes / 2], to, 2 * i, to_step, sizeof(Floats));
+  for (int i = 0; i < kLanes / 2; ++i) put_pairs(pairs[i], pairs[i + kLanes / 2], to, 2 * i, to_step, false);
 }
 
 template <typename T>
@@ -99,14 +104,15 @@ inline void transpose_one_by_one(const T* from, int64_t from_step, int64_t rows,
 
 // A square, or less of one: to[column][row] = from[row][column]. Parts of it may be written twice.
 template <typename T>
-inline void transpose_part(const T* from, int64_t from_step, int64_t rows, int64_t columns, T* to, int64_t to_step) {
+inline void transpose_part(const T* from, int64_t from_step, int64_t rows, int64_t columns, T* to, int64_t to_step,
+                           bool streams) {
   if constexpr (sizeof(T) == 4) {
-    if (rows == kSquare<T> && columns == kSquare<T>) return transpose_square(from, from_step, to, to_step);
+    if (rows == kSquare<T> && columns == kSquare<T>) return transpose_square(from, from_step, to, to_step, streams);
   }
   if constexpr (sizeof(T) == 2) {
     const auto* source = reinterpret_cast<const uint16_t*>(from);
     auto* target = reinterpret_cast<uint16_t*>(to);
-    if (rows == kSquare<T> && columns == kSquare<T>) return transpose_square(source, from_step, target, to_step);
+    if (rows == kSquare<T> && columns == kSquare<T>) return transpose_square(source, from_step, target, to_step, streams);
     if (rows >= kLanes && columns == kSquare<T>) {
       transpose_wide(source, from_step, target, to_step);
       const int64_t rest = rows - kLanes;

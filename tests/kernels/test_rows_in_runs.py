@@ -42,6 +42,15 @@ def test_threads_share_runs(implementation: Implementation, form: str) -> None:
     check_copies(implementation, form, sizes, torch.bfloat16, slots_in_runs(sizes))
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("form", ["engine", "keys_transposed", "values_transposed", "kv_outside"])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_what_is_too_large_for_caches_is_copied_as_well(implementation: Implementation, form: str, dim: int) -> None:
+    """Whole cache lines of it are written past them. Rows of 64 dimensions are such lines, parts of those of 80."""
+    sizes = Sizes(layers=2, tokens=3000, heads=4, dim=dim, block_size=128, num_blocks=40)
+    check_copies(implementation, form, sizes, torch.bfloat16, slots_in_runs(sizes))
+
+
 @pytest.mark.parametrize("length", [*range(1, 36), 63, 64, 65, 127, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_runs_of_every_length_and_offset_are_copied(
