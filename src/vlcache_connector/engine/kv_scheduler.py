@@ -238,7 +238,7 @@ class VLCacheScheduler:
             state.estimate = estimate(plan, self._session.prices)
             if state.is_suspended and plan.num_reused > 0:
                 return Reason.DRIFT
-            if state.estimate is not None and not state.estimate.pays:
+            if not (state.estimate is None or state.estimate.pays or state.options.at_any_cost):
                 return Reason.NO_GAIN
         return plan
 
