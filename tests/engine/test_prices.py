@@ -3,15 +3,8 @@
 import pytest
 
 from engine.conftest import MakeEngine
-from engine.fake_engine import FakeEngine
 from engine.fake_prompts import Ask
-from engine.scenes import PROMPT, reused, show
-
-
-def set_prices(engine: FakeEngine, **seconds: float) -> None:
-    for kind, per_token in seconds.items():
-        for _ in range(4):
-            engine.session.prices.add(kind, 1, per_token)
+from engine.scenes import PROMPT, reused, set_prices, show
 
 
 @pytest.mark.parametrize("recompute_s", [0.5, 50.0])
