@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 from command_line import Run
-from disk_entries import files_of, tier_of, write
-from small_host import key_of
+from store.entries import EMBEDDING, files_of, key_of, stored
 from vlcache_connector.store.disk.catalog import DiskCatalog
+from vlcache_connector.store.disk.tier import DiskTier
+from vlcache_connector.types import EntryClass
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Embeddings of 10 and 11 tokens, and a KV entry of two ranks and 12 tokens; the first was used last."""
-    tier = tier_of(tmp_path / "cache", num_ranks=2)
-    write(tier, key_of(0), 10)
-    write(tier, key_of(1), 11)
-    write(tier, key_of(2), 12, num_ranks=2)
+    tier = DiskTier(tmp_path / "cache", 1 << 30, world_size=2)
+    stored(tier, 0, 10, EMBEDDING)
+    stored(tier, 1, 11, EMBEDDING)
+    stored(tier, 2, 12, EntryClass("kv", "image", "00112233aabbccdd"), world_size=2)
     tier.close()
     for path in files_of(tmp_path / "cache"):
         age_s = {key_of(0).hex(): 0, key_of(1).hex(): 7200, key_of(2).hex(): 90000}[path.name[:64]]
@@ -127,6 +128,6 @@ def test_a_folder_that_is_no_cache_is_refused_and_left_alone(run: Run, tmp_path:
 
 
 def test_a_cache_without_entries_is_one(run: Run, tmp_path: Path) -> None:
-    tier_of(tmp_path / "cache").close()
+    DiskTier(tmp_path / "cache", 1 << 30, world_size=1).close()
     (tmp_path / "cache" / "lost+found").mkdir()
     assert run("ls", "--disk", tmp_path / "cache") == (0, "disk: 0 entries, 0 B\n", "")

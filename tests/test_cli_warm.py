@@ -42,9 +42,9 @@ def test_requests_at_a_time_are_at_least_one(run: Run, image: Path) -> None:
         assert f"'{wrong}' is not a whole number from 1" in err
 
 
-def test_every_image_that_fails_is_named_and_does_not_stop_the_others(run: Run, image: Path, nobody: str) -> None:
+def test_every_file_that_fails_is_named_and_does_not_stop_the_others(run: Run, image: Path, nobody: str) -> None:
     other = image.with_name("other.png")
     other.write_bytes(b"another")
     status, out, err = run("warm", image, other, "--url", nobody, "--model", "named")
-    assert (status, out) == (1, "2 images: 0 computed, 0 known before, 2 failed\n")
+    assert (status, out) == (1, "2 files: 0 computed, 0 known before, 2 failed\n")
     assert [line.partition(": ")[0] for line in err.splitlines()] == [str(image), str(other)]

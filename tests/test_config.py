@@ -268,6 +268,15 @@ def test_a_bad_ratio_of_a_request_is_an_error(ratio: Any) -> None:
     assert "from 0 to 1" in message
 
 
+@pytest.mark.parametrize("name", ["explain", "at_any_cost"])
+def test_what_a_request_switches_on_is_off_unless_it_says_so(name: str) -> None:
+    assert getattr(RequestOptions.parse({}, ENGINE), name) is False
+    assert getattr(RequestOptions.parse({name: True}, ENGINE), name) is True
+    for bad in (1, "true", None):
+        message = message_of(lambda bad=bad: RequestOptions.parse({name: bad}, ENGINE))  # type: ignore[misc]
+        assert repr(name) in message and repr(bad) in message
+
+
 @pytest.mark.parametrize("raw", ["reuse", 1, True, [], ["mode"], 0.5], ids=repr)
 def test_anything_but_an_object_is_an_error(raw: Any) -> None:
     message = message_of(lambda: RequestOptions.parse(raw, ENGINE))

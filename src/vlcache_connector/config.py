@@ -131,6 +131,8 @@ class RequestOptions:
     """A number, or a list with one for each layer, none above the one before."""
     explain: bool = False
     """Whether the response carries the plan as well."""
+    at_any_cost: bool = False
+    """Whether to reuse also what would be cheaper to compute, by the engine's prices."""
 
     @classmethod
     def parse(cls, raw: Any, engine: Options) -> "RequestOptions":
@@ -145,14 +147,15 @@ class RequestOptions:
         mode = raw.get("mode", Mode.REUSE)
         policy = raw.get("policy", engine.policy)
         ratio = raw.get("recompute_ratio", engine.recompute_ratio)
-        explain = raw.get("explain", False)
+        explain, at_any_cost = raw.get("explain", False), raw.get("at_any_cost", False)
         _check("mode", mode, lambda v: v in list(Mode), f"one of {[str(m) for m in Mode]}")
         policies = policies_of(engine.policy, engine.profile)  # a client must not name modules to import
         known = sorted(policies)
         _check("policy", policy, lambda v: isinstance(v, str) and v in known, f"one of {known}")
         _check("explain", explain, lambda v: isinstance(v, bool), "true or false")
+        _check("at_any_cost", at_any_cost, lambda v: isinstance(v, bool), "true or false")
         ratio = _ratio(ratio, takes_list=policies[policy].measure is None)
-        return cls(max(Mode(mode), engine.mode, key=list(Mode).index), policy, ratio, explain)
+        return cls(max(Mode(mode), engine.mode, key=list(Mode).index), policy, ratio, explain, at_any_cost)
 
 
 def _check_keys(where: str, keys: Iterable[Any], known: list[str], noun: str = "option") -> None:

@@ -1,6 +1,6 @@
 """What `vlcache explain` does: asks a running server about one prompt, and shows the plan that its response carries.
 
-The prompt is really answered, with one token, so the images in it are known afterwards.
+The prompt is really answered, with one token, so the images and videos in it are known afterwards.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ _MAX_RUNS = 6
 
 
 def ask(url: str, model: str | None, parts: Sequence[str | Path], ratio: float | None) -> dict[str, Any]:
-    """The report of a chat request with these texts and image files, in order. Raises `ServerError`."""
+    """The report of a chat request with these texts, image and video files, in order. Raises `ServerError`."""
     options: dict[str, Any] = {"explain": True} | ({} if ratio is None else {"recompute_ratio": ratio})
     return report_of(url, model or first_model(url), parts, options)
 

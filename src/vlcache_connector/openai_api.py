@@ -12,6 +12,7 @@ from typing import Any
 from vlcache_connector.errors import VLCacheError
 
 _TIMEOUT_S = 600
+_VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}  # suffixes; other files are images
 
 
 class ServerError(VLCacheError):
@@ -21,11 +22,11 @@ class ServerError(VLCacheError):
 def report_of(
     url: str, model: str, parts: Sequence[str | Path], options: Mapping[str, Any], cache_salt: str | None = None
 ) -> dict[str, Any]:
-    """What the connector reports of a chat with these texts and image files, in order; one token is generated.
+    """What the connector reports of a chat with these texts, image and video files, in order; one token is generated.
 
     `options` are those of one request. Raises `ServerError`, and `OSError` when a file cannot be read.
     """
-    content = [_image_part(part) if isinstance(part, Path) else {"type": "text", "text": part} for part in parts]
+    content = [_media_part(part) if isinstance(part, Path) else {"type": "text", "text": part} for part in parts]
     body = {
         "model": model,
         "messages": [{"role": "user", "content": content}],
@@ -35,7 +36,7 @@ def report_of(
     answer = _request(f"{url}/v1/chat/completions", body | ({} if cache_salt is None else {"cache_salt": cache_salt}))
     report = (answer.get("kv_transfer_params") or {}).get("vlcache")
     if not isinstance(report, dict):
-        raise ServerError(f"the server at {url} does not use VLCacheConnector, or the prompt has no image")
+        raise ServerError(f"the server at {url} does not use VLCacheConnector, or the prompt has no image or video")
     return report
 
 
@@ -45,10 +46,12 @@ def first_model(url: str) -> str:
     return name
 
 
-def _image_part(path: Path) -> dict[str, Any]:
-    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+def _media_part(path: Path) -> dict[str, Any]:
+    is_video = path.suffix.lower() in _VIDEOS
+    kind = mimetypes.guess_type(path.name)[0] or ("video/mp4" if is_video else "image/png")
     url = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    return {"type": "image_url", "image_url": {"url": url}}
+    name = "video_url" if is_video else "image_url"
+    return {"type": name, name: {"url": url}}
 
 
 def _request(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 from checkpoints import cached_checkpoint
@@ -16,7 +18,7 @@ from e2e.server import Server
 from vlcache_connector.cli import main
 
 A, NEW = Picture(1), Picture(2)
-LIMITS = ("--max-model-len", "4096", "--block-size", "32", "--limit-mm-per-prompt", '{"image": 4, "video": 0}')
+LIMITS = ("--max-model-len", "4096", "--block-size", "32", "--limit-mm-per-prompt", '{"image": 4, "video": 1}')
 
 
 def flag(**options: Any) -> tuple[str, str]:
@@ -130,17 +132,41 @@ def test_vlcache_warm_makes_pictures_known_before_somebody_asks(
         picture.pixels().save(file)
     command = ["warm", "--url", server.url, *map(str, files)]
     assert main([*command, str(files[0]), "--check"]) == 0
-    assert capsys.readouterr().out == "3 images: 3 computed, 0 known before, 0 failed\n"
+    assert capsys.readouterr().out == "3 files: 3 computed, 0 known before, 0 failed\n"
     report = chat(server, "asked for the first time: ", pictures[1], "what?")["kv_transfer_params"]["vlcache"]
     assert report["reused_tokens"] > 80
     broken = tmp_path / "broken.png"
     broken.write_text("no picture")
     assert main([*command, str(broken), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
-    assert [image["outcome"] for image in result["images"]] == ["known"] * 3 + ["failed"]
-    assert "answered 400" in result["images"][3]["error"]
+    assert [file["outcome"] for file in result["files"]] == ["known"] * 3 + ["failed"]
+    assert "answered 400" in result["files"][3]["error"]
     assert main([*command, "--cache-salt", "somebody else"]) == 0
     assert "3 computed" in capsys.readouterr().out
+
+
+def test_vlcache_warm_and_explain_take_videos_as_well(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, video = tmp_path / "beside.png", tmp_path / "moving.MP4"
+    Picture(41).pixels().save(picture)
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"mp4v"), 2.0, (224, 168))
+    for number in range(8):
+        writer.write(np.array(Picture(50 + number).pixels().resize((224, 168))))
+    writer.release()
+    assert main(["warm", "--url", server.url, str(video), str(picture), "--check"]) == 0
+    assert capsys.readouterr().out == "2 files: 2 computed, 0 known before, 0 failed\n"
+
+    url = "data:video/mp4;base64," + base64.b64encode(video.read_bytes()).decode()
+    asked = [{"type": "text", "text": "for the first time: "}, {"type": "video_url", "video_url": {"url": url}}]
+    messages = [{"role": "user", "content": [*asked, {"type": "text", "text": "what happens?"}]}]
+    answer = server.post("/v1/chat/completions", {"model": "tested", "messages": messages, "max_tokens": 1})
+    report = answer["kv_transfer_params"]["vlcache"]
+    assert report["reused_tokens"] > 80 and "reason" not in report
+
+    assert main(["explain", "--url", server.url, "what is in ", str(video), " and ", str(picture)]) == 0
+    shown = capsys.readouterr().out
+    assert "video 0" in shown and "image 1" in shown and "not in the store" not in shown
 
 
 def metric(server: Server, name: str) -> float:

@@ -85,6 +85,7 @@ class Ask:
     salt: str | None = None
     max_tokens: int = 2
     policy: str = "leading"
+    at_any_cost: bool = False
 
 
 def text(seed: object, num_tokens: int) -> list[int]:
@@ -96,6 +97,7 @@ def text(seed: object, num_tokens: int) -> list[int]:
 def request_of(ask: Ask, truth: Truth, hasher: Callable[[Any], Any]) -> Request:
     sampling = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True)
     own = {} if ask.ratio is None else {"recompute_ratio": ask.ratio, "policy": ask.policy}
+    own |= {"at_any_cost": True} if ask.at_any_cost else {}
     sampling.extra_args = {"kv_transfer_params": {"vlcache": {"mode": ask.mode} | own}}
     return Request(
         truth.request_id,

@@ -17,6 +17,18 @@ def show(engine: FakeEngine, *images: Image, salt: str | None = None) -> None:
     engine.forget()
 
 
+def set_prices(engine: FakeEngine, **seconds: float) -> None:
+    """Let the engine believe that a token of these kinds of work costs so much."""
+    for kind, per_token in seconds.items():
+        for _ in range(8):
+            engine.session.prices.add(kind, 1, per_token)
+
+
+def counts(engine: FakeEngine) -> dict[str, float]:
+    engine.session.counters.take()
+    return dict(engine.counts)
+
+
 def reused(answer: Answer) -> int:
     return int(answer.report.get("reused_tokens", 0))
 

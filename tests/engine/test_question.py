@@ -7,9 +7,15 @@ from engine.fake_config import BLOCK_SIZE
 from engine.fake_engine import FakeEngine
 from engine.fake_prompts import Ask, Image, text
 from engine.scenes import BETWEEN, OPEN, A, B, C, reused, show
+from vlcache_connector.engine.fetches import Fetches
+from vlcache_connector.engine.kv_scheduler import VLCacheScheduler
+from vlcache_connector.engine.loads import LoadQueue
 from vlcache_connector.engine.metadata import ReusePiece
 from vlcache_connector.engine.questions import Lent, lend
+from vlcache_connector.engine.requests import RequestState
+from vlcache_connector.engine.session import SchedulerSession
 from vlcache_connector.plan.planner import plan_reuse
+from vlcache_connector.store.host import HostIndex
 from vlcache_connector.types import Measure, ReusePlan, Run
 
 KNOWN: list[int | Image] = [*OPEN, B, *BETWEEN, A]
@@ -58,6 +64,43 @@ def test_without_room_for_the_question_there_is_none(make_engine: MakeEngine) ->
     assert lend(state, plan, num_blocks, pool, BLOCK_SIZE) == Lent(), "there are no more"
     pool.free_blocks([*taken, *lent.blocks])
     engine.run()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        (RequestState, "prompt"),
+        (LoadQueue, "add"),
+        (HostIndex, "get_found"),
+        (SchedulerSession, "new_job"),
+        (VLCacheScheduler, "_hold_embeddings"),
+        (Fetches, "release"),
+    ],
+    ids=lambda broken: broken[1],
+)
+def test_what_was_lent_comes_back_when_anything_fails_behind_it(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, broken: tuple[type, str]
+) -> None:
+    """A first call that raises is followed by a request whose load has failed, and by an engine that is at rest."""
+    engine = make_engine(num_blocks=400)
+    show(engine, A, B)
+    owner, name = broken
+    works, num_calls = getattr(owner, name), 0
+
+    def fails_first(*args: object, **kwargs: object) -> object:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise RuntimeError("planted")
+        return works(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails_first)
+        (answer,) = engine.ask(Ask([*KNOWN, *text("question", 90)], policy="scored", ratio=0.1))
+    assert num_calls > 0 and answer.report["reason"] == "load_failed" and reused(answer) == 0
+    assert engine.num_free_blocks == engine.num_free_at_start, "lent blocks were lost"
+    engine.session.counters.take()
+    assert engine.counts.pop("failures:reuse") == 1
 
 
 def test_other_policies_do_not_ask_what_the_question_is(make_engine: MakeEngine) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from engine.conftest import MakeEngine
-from engine.fake_engine import FakeEngine
 from engine.fake_prompts import Ask, text
-from engine.scenes import BETWEEN, CLOSE, OPEN, PROMPT, A, B, C, drop_entries, reused, show
+from engine.scenes import BETWEEN, CLOSE, OPEN, PROMPT, A, B, C, counts, drop_entries, reused, set_prices, show
+from engine.tier_scenes import damage, held_back, show_and_write
 from store.remote_tiers import needs_lmcache
 from vlcache_connector.engine import fetches
 from vlcache_connector.errors import OptionError
@@ -31,27 +31,10 @@ def remote(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(params=["ask"])
-def gate(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def gate(request: Any) -> Iterator[threading.Event]:
     """Questions to the store, or reads from it, wait until it is set."""
-    event, move = threading.Event(), getattr(RemoteTier, request.param)
-
-    def slow(tier: RemoteTier, *arguments: Any) -> None:
-        assert event.wait(30)
-        move(tier, *arguments)
-
-    monkeypatch.setattr(RemoteTier, request.param, slow)
-    yield event
-    event.set()
-
-
-def show_and_write(engine: FakeEngine, **kwargs: Any) -> None:
-    show(engine, **kwargs)
-    assert engine.session.lower.drain(20)
-
-
-def counts(engine: FakeEngine) -> dict[str, float]:
-    engine.session.counters.take()
-    return dict(engine.counts)
+    with held_back(RemoteTier, request.param) as event:
+        yield event
 
 
 def blobs(remote: dict[str, Any]) -> list[Path]:
@@ -146,9 +129,7 @@ def test_a_request_waits_for_an_answer_no_longer_than_computing_would_take(
 ) -> None:
     monkeypatch.setattr(fetches, "MIN_WAIT_S", 0.0)
     engine = make_engine(**remote)
-    for kind in ("compute", "encode"):
-        for _ in range(8):
-            engine.session.prices.add(kind, 1000, 0.001)
+    set_prices(engine, compute=1e-6, encode=1e-6)
     (answer,) = engine.ask(Ask(PROMPT))
     assert answer.report["reason"] == "miss"
     gate.set()
@@ -201,25 +182,18 @@ def test_a_dead_store_costs_one_time_out_whatever_the_number_of_requests(
     assert reused(answer) > 0 and answer.report["tier"] == "remote", "what it holds without a salt is found again"
 
 
-@pytest.mark.parametrize("damage", ["removed", "cut", "flipped"])
+@pytest.mark.parametrize("how", ["removed", "cut", "flipped"])
 def test_entries_that_the_store_lost_are_computed_and_written_again(
-    make_engine: MakeEngine, remote: dict[str, Any], damage: str
+    make_engine: MakeEngine, remote: dict[str, Any], how: str
 ) -> None:
     first, second, third = (make_engine(**remote) for _ in range(3))
     show_and_write(first)
     second.session.lower.tiers[0].ask([])  # connected
     for path in blobs(remote):
-        content = bytearray(path.read_bytes())
-        if damage == "removed":
-            path.unlink()
-        elif damage == "cut":
-            path.write_bytes(content[:-1])
-        else:
-            content[-1] ^= 1
-            path.write_bytes(content)
+        damage(path, how)
     (answer,) = second.ask(Ask(PROMPT))
     assert reused(answer) == 0
-    assert (counts(second).get("lost_entries:remote", 0) > 0) == (damage != "removed")
+    assert (counts(second).get("lost_entries:remote", 0) > 0) == (how != "removed")
     for _ in range(2):
         assert second.session.lower.drain(20)
         second.forget()

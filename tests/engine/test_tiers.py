@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from engine.conftest import MakeEngine
-from engine.fake_engine import FakeEngine
 from engine.fake_prompts import Ask, text
-from engine.scenes import BETWEEN, CLOSE, OPEN, PROMPT, A, B, C, drop_entries, reused, show
+from engine.scenes import BETWEEN, CLOSE, OPEN, PROMPT, A, B, C, counts, drop_entries, reused, set_prices, show
+from engine.tier_scenes import damage, held_back, show_and_write
 from vlcache_connector.engine import fetches
 from vlcache_connector.store.disk.tier import DiskTier
 
@@ -24,31 +24,14 @@ def disk(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(params=["read"])
-def gate(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def gate(request: Any) -> Iterator[threading.Event]:
     """Reads from disk, or writes to it, wait until it is set."""
-    event, move = threading.Event(), getattr(DiskTier, request.param)
-
-    def slow(tier: DiskTier, *arguments: Any) -> None:
-        assert event.wait(30)
-        move(tier, *arguments)
-
-    monkeypatch.setattr(DiskTier, request.param, slow)
-    yield event
-    event.set()
-
-
-def show_and_write(engine: FakeEngine, **kwargs: Any) -> None:
-    show(engine, **kwargs)
-    assert engine.session.lower.drain(10)
+    with held_back(DiskTier, request.param) as event:
+        yield event
 
 
 def files(disk: dict[str, Any]) -> list[Path]:
     return [path for path in Path(disk["disk_path"]).rglob("*") if path.is_file()]
-
-
-def counts(engine: FakeEngine) -> dict[str, float]:
-    engine.session.counters.take()
-    return dict(engine.counts)
 
 
 def test_images_are_found_again_after_a_restart(make_engine: MakeEngine, disk: dict[str, Any]) -> None:
@@ -104,23 +87,16 @@ def test_in_mode_off_nothing_is_read(make_engine: MakeEngine, disk: dict[str, An
     )
 
 
-@pytest.mark.parametrize("damage", ["removed", "cut", "flipped"])
+@pytest.mark.parametrize("how", ["removed", "cut", "flipped"])
 def test_entries_that_disk_lost_are_computed_and_written_again(
-    make_engine: MakeEngine, disk: dict[str, Any], damage: str
+    make_engine: MakeEngine, disk: dict[str, Any], how: str
 ) -> None:
     first = make_engine(**disk)
     show_and_write(first)
     first.stop()
     second = make_engine(**disk)
     for path in files(disk):
-        content = bytearray(path.read_bytes())
-        if damage == "removed":
-            path.unlink()
-        elif damage == "cut":
-            path.write_bytes(content[:-1])
-        else:
-            content[-1] ^= 1
-            path.write_bytes(content)
+        damage(path, how)
     (answer,) = second.ask(Ask(PROMPT))
     assert reused(answer) == 0 and counts(second)["lost_entries:disk"] > 0
     for _ in range(2):  # what was still being read when its image was computed is learnt at the next occasion
@@ -268,9 +244,7 @@ def test_a_request_waits_no_longer_than_computing_would_take(
     engine = make_engine(**disk)
     show_and_write(engine)
     drop_entries(engine)
-    for kind in ("compute", "encode"):
-        for _ in range(8):
-            engine.session.prices.add(kind, 1000, 0.001)
+    set_prices(engine, compute=1e-6, encode=1e-6)
     (answer,) = engine.ask(Ask(PROMPT))
     assert reused(answer) == 0
     gate.set()
@@ -297,5 +271,4 @@ def test_entries_that_are_cleared_on_their_way_up_are_fetched_once_more(
     gate.set()
     engine.run()
     assert reused(engine.answers[name]) > 0
-    engine.session.counters.take()
-    assert not any(count.startswith("failures") for count in engine.counts)
+    assert not any(count.startswith("failures") for count in counts(engine))

@@ -18,7 +18,9 @@ class StopError(Exception):
 
 
 class FakeAsker:
-    """Answers rightly (token 1); the more it reuses the more it doubts. With two pictures its doubts win."""
+    """Answers rightly (token 1); the more it reuses the more it doubts. With two pictures its doubts win. Reuse never
+    pays in it, so only who wants it at any cost gets it.
+    """
 
     def __init__(self, stop_after: int | None = None, declines: str | None = None) -> None:
         self.calls: list[str] = []
@@ -70,6 +72,8 @@ class FakeAsker:
         plan = {"plan": {"spans": [{"length": TOKENS_PER_IMAGE} for _ in images]}}
         if self._declines or not images or images[0] not in self._store:
             return plain | plan | {"reason": self._declines or ("miss" if images else "no_media")}
+        if not options.get("at_any_cost"):
+            return plain | plan | {"reason": "no_gain"}
         total = TOKENS_PER_IMAGE * len(images)
         recomputed = round(self.share(options["recompute_ratio"]) * total)
         return plan | {"reused_tokens": total - recomputed, "recomputed_tokens": recomputed + 2}

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from hashlib import sha256
 from math import prod
+from pathlib import Path
 
 from vlcache_connector.store.base import EntryMeta, Part, Tier
 from vlcache_connector.store.disk.format import DTYPE_NBYTES
@@ -68,3 +69,8 @@ def stored(tier: Tier, seed: int, num_tokens: int = 4, entry_class: EntryClass =
     meta = meta_of(seed, num_tokens, entry_class)
     tier.write(meta, filled(meta, world_size))
     return meta
+
+
+def files_of(root: Path) -> list[Path]:
+    """Of the entries in the folder of a disk tier."""
+    return sorted(root.glob("??/*"))

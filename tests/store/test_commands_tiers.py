@@ -4,12 +4,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from disk_entries import EMBEDDING, files_of, tier_of, write
-from small_host import ENTRY_NBYTES, insert, key_of
+from small_host import ENTRY_NBYTES, insert
+from store.entries import EMBEDDING, files_of, key_of, stored
 from store.live_scene import ABOUT
 from vlcache_connector.store.base import EntryLostError, EntryMeta, Part, Tier
 from vlcache_connector.store.commands import LiveCommands
 from vlcache_connector.store.control.protocol import result_of
+from vlcache_connector.store.disk.tier import DiskTier
 from vlcache_connector.store.eviction.policies import LRU
 from vlcache_connector.store.host import HostIndex
 
@@ -54,9 +55,9 @@ def live(*tiers: Tier) -> LiveCommands:
 
 
 def test_all_tiers_are_listed_and_summed_up(tmp_path: Path) -> None:
-    disk = tier_of(tmp_path)
-    write(disk, key_of(0), 10)
-    write(disk, key_of(1), 50)
+    disk = DiskTier(tmp_path, 1 << 30, 1)
+    stored(disk, 0, 10, EMBEDDING)
+    stored(disk, 1, 50, EMBEDDING)
     commands = live(disk, Remote())
     *entries, last = commands.list_entries(9, "tokens")
     listed = [(entry["entry"]["tier"], entry["entry"]["num_tokens"], entry["entry"]["nbytes"]) for entry in entries]
@@ -72,8 +73,8 @@ def test_all_tiers_are_listed_and_summed_up(tmp_path: Path) -> None:
 
 
 def test_clear_touches_the_tiers_that_are_named_only(tmp_path: Path) -> None:
-    disk = tier_of(tmp_path)
-    write(disk, key_of(0), 10)
+    disk = DiskTier(tmp_path, 1 << 30, 1)
+    stored(disk, 0, 10, EMBEDDING)
     commands = live(disk, Remote())
     assert commands.clear(["disk"]) == {"disk": 1}
     assert files_of(tmp_path) == []
@@ -82,15 +83,15 @@ def test_clear_touches_the_tiers_that_are_named_only(tmp_path: Path) -> None:
 
 
 def test_clear_also_removes_what_another_engine_has_just_written(tmp_path: Path) -> None:
-    disk = tier_of(tmp_path)
-    write(tier_of(tmp_path), key_of(0), 10)
+    disk = DiskTier(tmp_path, 1 << 30, 1)
+    stored(DiskTier(tmp_path, 1 << 30, 1), 0, 10, EMBEDDING)
     assert live(disk).clear(["disk"]) == {"disk": 1}
     assert files_of(tmp_path) == []
 
 
 def test_check_names_the_tier_and_deep_reads_the_files(tmp_path: Path) -> None:
-    disk = tier_of(tmp_path)
-    write(disk, key_of(0), 10)
+    disk = DiskTier(tmp_path, 1 << 30, 1)
+    stored(disk, 0, 10, EMBEDDING)
     (path,) = files_of(tmp_path)
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1

@@ -13,7 +13,7 @@ def add(commands: Subparsers) -> None:
         help="show what a running server would reuse of a prompt",
         description="Asks a running server a prompt (one token is generated) and shows the plan for it.",
     )
-    parser.add_argument("parts", nargs="+", metavar="TEXT|FILE", help="texts and image files, in the prompt's order")
+    parser.add_argument("parts", nargs="+", metavar="TEXT|FILE", help="texts, image and video files, in order")
     parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
     parser.add_argument("--model", help="name of the model (default: the server's first)")
     parser.add_argument("--recompute-ratio", type=float, help="instead of the server's own")

@@ -1,4 +1,4 @@
-"""`vlcache warm`: make images known to a running server before somebody asks about them."""
+"""`vlcache warm`: make images and videos known to a running server before somebody asks about them."""
 
 import argparse
 import json
@@ -12,12 +12,12 @@ from vlcache_connector.cli.shown import number, watched
 def add(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "warm",
-        help="make images known to a running server ahead of time",
-        description="Shows each image to a running server, alone, with one token of answer. What the server has not "
-        "seen is computed and kept; what it knows is left as it is. An image that fails does not stop the others; "
-        "the exit status is then 1.",
+        help="make images and videos known to a running server ahead of time",
+        description="Shows each image or video to a running server, alone, with one token of answer. What the server "
+        "has not seen is computed and kept; what it knows is left as it is. A file that fails does not stop the "
+        "others; the exit status is then 1.",
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="image and video files")
     parser.add_argument("--url", default="http://localhost:8000", help="of the server (default: %(default)s)")
     parser.add_argument("--model", help="name of the model (default: the server's first)")
     parser.add_argument("--cache-salt", metavar="SALT", help="of the tenant who will ask (default: none)")
@@ -33,20 +33,20 @@ def run(options: argparse.Namespace) -> int:
     """Raises `ServerError` when there is no server, `FileNotFoundError` before anything is asked."""
     from vlcache_connector.warm import cache_at, warm
 
-    for path in options.images:
+    for path in options.files:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")
-    images = list(dict.fromkeys(options.images))
+    files = list(dict.fromkeys(options.files))
     cache = cache_at(options.url.rstrip("/"), options.model, options.cache_salt)
-    result = watched(warm(cache, images, options.parallel, options.check), "warm")
+    result = watched(warm(cache, files, options.parallel, options.check), "warm")
     if options.json:
         print(json.dumps(result, indent=2))
     else:
-        for image in result["images"]:
-            if image["outcome"] == "failed":
-                print(f"{image['path']}: {image['error']}", file=sys.stderr)
+        for file in result["files"]:
+            if file["outcome"] == "failed":
+                print(f"{file['path']}: {file['error']}", file=sys.stderr)
         counts = ", ".join(f"{result[kind]} {words}" for kind, words in _WORDS.items())
-        print(f"{number(len(images), 'image', 'images')}: {counts}")
+        print(f"{number(len(files), 'file', 'files')}: {counts}")
     return int(result["failed"] > 0)
 
 

@@ -9,10 +9,11 @@ With the option `entry_context = "alone"` all entries are made here, behind noth
 what a request happened to have before it (a legend, say) is then not in the entry that others get.
 """
 
-from collections import deque
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from vlcache_connector.engine.fetches import MAX_WAIT_S
 from vlcache_connector.engine.metadata import CompileJob
 from vlcache_connector.engine.session import SchedulerSession
 from vlcache_connector.exec.model import Prompt
@@ -29,6 +30,7 @@ class _Waiting:
     span: Span  # at its place in `prompt`
     prompt: Prompt
     entry_class: EntryClass
+    deadline_s: float  # until then its embedding may be on its way into the store
 
 
 class CompileQueue:
@@ -37,8 +39,7 @@ class CompileQueue:
     def __init__(self, session: SchedulerSession, alone: bool) -> None:
         self._session = session
         self._alone = alone
-        self._queue: deque[_Waiting] = deque()
-        self._queued: set[bytes] = set()
+        self._queue: dict[bytes, _Waiting] = {}  # key of the KV entry -> what it is computed from
         self._pool: BlockPool | None = None
         self._block_size = 0
 
@@ -50,7 +51,7 @@ class CompileQueue:
 
     def add(self, span: Span, prompt: Prompt, entry_class: EntryClass) -> None:
         """Queue the last item of `prompt`, behind the prompt's opening text, or its own start, and nothing else."""
-        if span.kv_key in self._queued:
+        if span.kv_key in self._queue:
             return
         if len(self._queue) >= _MAX_QUEUED:
             self._session.counters.add("dropped_saves", label="queue_full")
@@ -59,8 +60,7 @@ class CompileQueue:
         moved = replace(span, offset=len(before))
         tokens = before + prompt.token_ids[span.offset : span.end]
         behind_opening = Prompt(tokens, (replace(prompt.media[-1], offset=len(before)),))
-        self._queue.append(_Waiting(moved, behind_opening, entry_class))
-        self._queued.add(span.kv_key)
+        self._queue[span.kv_key] = _Waiting(moved, behind_opening, entry_class, time.monotonic() + MAX_WAIT_S)
 
     def _context(self, prompt: Prompt, span: Span) -> tuple[int, ...]:
         """The tokens behind which an item is computed; none of them is another item's."""
@@ -71,18 +71,26 @@ class CompileQueue:
 
     def clear(self) -> None:
         self._queue.clear()
-        self._queued.clear()
 
     def next_job(self) -> CompileJob | None:
-        """The next entry's job, or None. What cannot be computed now is dropped, so the queue always drains."""
-        while self._queue:
-            waiting = self._queue.popleft()
-            self._queued.discard(waiting.span.kv_key)
+        """The next entry's job, or None. What cannot be computed now is dropped, so the queue always drains; but an
+        embedding that is being written is waited for: with asynchronous scheduling an idle step is planned before the
+        saves of the last step are answered.
+        """
+        for key, waiting in list(self._queue.items()):
+            if self._is_being_written(waiting):
+                continue
+            del self._queue[key]
             job = self._make_job(waiting)
             if job is not None:
                 return job
             self._session.counters.add("dropped_saves", label="not_compiled")
         return None
+
+    def _is_being_written(self, waiting: _Waiting) -> bool:
+        """Whether the embedding is there as soon as its writer answers."""
+        index, key = self._session.index, waiting.span.embedding_key
+        return index.get(key) is None and index.holds(key) and time.monotonic() < waiting.deadline_s
 
     def _make_job(self, waiting: _Waiting) -> CompileJob | None:
         session, span, pool = self._session, waiting.span, self._pool

@@ -15,7 +15,7 @@ from vlcache_connector.engine.audits import Audits
 from vlcache_connector.engine.chains import Chains
 from vlcache_connector.engine.loads import LoadQueue
 from vlcache_connector.engine.metadata import VLCacheMetadata
-from vlcache_connector.engine.questions import Lent, lend
+from vlcache_connector.engine.questions import Lent, lending
 from vlcache_connector.engine.requests import PARAMS_KEY, Outcome, RequestState, describe
 from vlcache_connector.engine.saves import SavePlanner
 from vlcache_connector.engine.session import SchedulerSession, locked
@@ -116,10 +116,10 @@ class VLCacheScheduler:
             self._session.fetches.release(request.request_id)
             return
         assert isinstance(plan, ReusePlan) and num_external == plan.end - plan.start
-        lent = lend(state, plan, len(block_ids), self._pool, self._block_size)
-        prompt = state.prompt(lent.question.end if lent.question is not None else plan.spans[-1].span.end)
-        done, blocks = partial(self._loaded, state, plan, lent), [*block_ids, *lent.block_ids]
-        state.load = self._loads.add(request.request_id, prompt, blocks, plan, done, lent.question)
+        with lending(state, plan, len(block_ids), self._pool, self._block_size) as lent:
+            prompt = state.prompt(lent.question.end if lent.question is not None else plan.spans[-1].span.end)
+            done, blocks = partial(self._loaded, state, plan, lent), [*block_ids, *lent.block_ids]
+            state.load = self._loads.add(request.request_id, prompt, blocks, plan, done, lent.question)
         state.is_approximate = state.is_approximate or plan.first_reused is not None
         self._hold_embeddings(state, plan)
         state.tier = self._session.fetches.tier(request.request_id)
@@ -138,7 +138,7 @@ class VLCacheScheduler:
 
     @locked
     def lose(self, request: "Request") -> None:
-        """The engine waits for a load of this request, but its job could not be made."""
+        """The engine waits for a load of this request, but making its job has failed."""
         state = self._states.get(request.request_id)
 
         def done(error: str | None) -> None:
@@ -238,7 +238,7 @@ class VLCacheScheduler:
             state.estimate = estimate(plan, self._session.prices)
             if state.is_suspended and plan.num_reused > 0:
                 return Reason.DRIFT
-            if state.estimate is not None and not state.estimate.pays:
+            if not (state.estimate is None or state.estimate.pays or state.options.at_any_cost):
                 return Reason.NO_GAIN
         return plan
 

@@ -56,7 +56,9 @@ class LoadQueue:
         on_done: Callable[[str | None], None],
         question: Run | None = None,
     ) -> LoadRecord:
-        """Queue an admitted request. `on_done` is called with None or an error when all ranks have reported."""
+        """Queue an admitted request. `on_done` is called with None or an error when all ranks have reported; never if
+        this raises.
+        """
         entries = []
         for part in plan.spans:
             kv = self._session.index.get_found(part.span.kv_key)
@@ -71,7 +73,12 @@ class LoadQueue:
         return record
 
     def add_failed(self, request_id: str, error: str, on_done: Callable[[str | None], None]) -> LoadRecord:
-        """The engine waits for a load that cannot be made: let the workers report that."""
+        """The engine waits for a load that cannot be made: let the workers report that. If one is queued already, it
+        goes no further, and its own `on_done` is called.
+        """
+        if (load := self._loads.get(request_id)) is not None:
+            load.error = error
+            return load.record
         plan = ReusePlan(0, 0, (), ())
         job_id, record = self._new_job([], on_done)
         self._loads[request_id] = _Load(job_id, request_id, Prompt((), ()), (), plan, (), 0, record, error=error)

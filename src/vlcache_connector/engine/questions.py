@@ -4,7 +4,8 @@ A request that waits for its load has blocks for the covered range alone. The qu
 it, so blocks of the pool are lent for it until the load has ended; what it leaves there is nobody's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,3 +43,18 @@ def lend(state: RequestState, plan: ReusePlan, num_blocks: int, pool: "BlockPool
     if end <= plan.end or wanted > pool.get_num_free_blocks():
         return Lent()
     return Lent(Run(max(plan.end, end - MAX_TOKENS), end), pool.get_new_blocks(wanted))
+
+
+@contextmanager
+def lending(
+    state: RequestState, plan: ReusePlan, num_blocks: int, pool: "BlockPool", block_size: int
+) -> Iterator[Lent]:
+    """`lend`, while a load is queued whose end gives the blocks back. If that raises there is no load, and they are
+    given back here.
+    """
+    lent = lend(state, plan, num_blocks, pool, block_size)
+    try:
+        yield lent
+    except BaseException:
+        pool.free_blocks(lent.blocks)
+        raise

@@ -41,9 +41,12 @@ FULL = Setting("full")
 
 
 def reuse(policy: str, ratio: Ratio | None) -> dict[str, Any]:
-    """A request's `kv_transfer_params["vlcache"]` that has its pictures reused, and says what became of them."""
+    """A request's `kv_transfer_params["vlcache"]` that has its pictures reused, also where that does not pay, and says
+    what became of them.
+    """
     value = list(ratio) if isinstance(ratio, tuple) else ratio
-    return {"mode": "reuse", "policy": policy, "recompute_ratio": value, "explain": True}
+    own = {"mode": "reuse", "policy": policy, "recompute_ratio": value}
+    return own | {"explain": True, "at_any_cost": True}
 
 
 def settings_of(policies: Sequence[str], ratios: Sequence[float], has_profile: bool = False) -> list[Setting]:
