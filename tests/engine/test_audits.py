@@ -121,7 +121,7 @@ def test_a_prompt_behind_an_exact_prefix_is_audited_as_it_was(make_engine: MakeE
     assert answer.report["prefix_cached_tokens"] > len(OPEN) + B.num_tokens
     ((_, job),) = jobs(engine)
     assert [span.length for span in job.piece.spans] == [A.num_tokens]
-    assert [length for _, length, _ in job.embeddings] == [B.num_tokens, 9]
+    assert [job.piece.prompt.item(offset).length for offset, _ in job.embeddings] == [B.num_tokens, 9]
 
 
 # -- never in the way -------------------------------------------------------------------------------------------------

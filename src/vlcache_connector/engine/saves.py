@@ -65,8 +65,8 @@ class SavePlanner:
         session, span = self._session, state.spans[number]
         if session.index.holds(span.embedding_key) or span.embedding_key in session.wanted_embeddings:
             return
-        nbytes = session.layout.embedding_nbytes(span.length)
-        entry = session.reserve(span.embedding_key, nbytes, span.length, state.entry_class("embedding", span))
+        nbytes = session.layout.embedding_nbytes(span.num_embedded)
+        entry = session.reserve(span.embedding_key, nbytes, span.num_embedded, state.entry_class("embedding", span))
         if entry is None:
             return
         features = state.request.mm_features
@@ -74,5 +74,5 @@ class SavePlanner:
         job_id = session.new_job(written=entry)
         identifier = features[at].identifier
         metadata.embeddings.append(
-            EmbeddingJob(job_id, identifier, span.length, entry.extent, state.request.request_id, at)
+            EmbeddingJob(job_id, identifier, span.num_embedded, entry.extent, state.request.request_id, at)
         )
