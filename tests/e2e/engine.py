@@ -42,7 +42,7 @@ class Picture:
 @dataclass(frozen=True)
 class Video:
     """A reproducible video; a still one shows one picture all the time. Of the default size it is 80 tokens for
-    Qwen2.5-VL: 4 steps of 2 frames, 5 rows and 4 columns each.
+    Qwen2.5-VL: 4 steps of 2 frames, 5 rows and 4 columns each; for Qwen3-VL 4 steps of 16 tokens, each behind the time.
     """
 
     seed: int

@@ -1,6 +1,7 @@
 """Functions that run in the engine's process: they look at the connector's state, or plant a fault in it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,6 +154,14 @@ def count_encoder_runs(llm: Any) -> int:
         visual.forward = counting
     seen, visual._images_seen = visual._images_seen, 0
     return int(seen)
+
+
+def audit_everything(llm: Any) -> None:
+    """From here on all reuse is audited."""
+    side = session(llm)
+    options = side.options
+    side.options = replace(options, audit_fraction=1.0)
+    _undo.append(lambda: setattr(side, "options", options))
 
 
 def run_idle(llm: Any) -> int:
@@ -391,12 +400,16 @@ def pages_of(side: VLCacheWorker, job: Sequence[ReusePiece]) -> torch.Tensor:
 
 
 def last_job(llm: Any) -> dict[str, Any]:
-    """The latest watched job as plain data: runs, pages, stored entries, positions, embeddings."""
+    """The latest watched job as plain data: runs, pages, stored entries, positions, embeddings with their tokens."""
     job, pages = _watched_jobs[-1]
     side = worker(llm)
     slab = side._session.slab
     spans = {span.offset: span for piece in job for span in piece.spans}
+    token_ids, config = torch.tensor(job[-1].prompt.token_ids), model(llm).config
+    media = ((token_ids == config.image_token_id) | (token_ids == config.video_token_id)).nonzero()[:, 0]
+    tokens = {span: media[(media >= span.offset) & (media < span.run.end)] for span in spans.values()}
     return {
+        "embeddings": [(at, slab.embedding(span.embedding, len(at)).clone()) for span, at in tokens.items()],
         "token_ids": job[-1].prompt.token_ids,
         "positions": side._stack.positions(job[-1].prompt),
         "recomputed": recomputed_by(job),
@@ -408,7 +421,6 @@ def last_job(llm: Any) -> dict[str, Any]:
                 "reused": [run for piece in job for s in piece.spans if s.offset == span.offset for run in s.reused],
                 "entry": slab.kv(span.kv, span.length).clone(),
                 "stored_positions": slab.positions(span.kv, span.length).clone(),
-                "embedding": slab.embedding(span.embedding, span.length).clone(),
                 "narrowings": span.narrowings,
             }
             for span in spans.values()
