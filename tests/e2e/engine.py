@@ -51,8 +51,11 @@ class Video:
     height: int = 140
     fps: float = 3.0
     is_still: bool = False
+    is_closed: bool = True  # whether the end marker follows
 
-    text = "<|vision_start|><|video_pad|><|vision_end|>"
+    @property
+    def text(self) -> str:
+        return "<|vision_start|><|video_pad|>" + ("<|vision_end|>" if self.is_closed else "")
 
     def frames(self) -> tuple[Any, dict[str, Any]]:
         """Frames [frames, height, width, 3], and what vLLM wants to know about them."""

@@ -24,6 +24,7 @@ SCENES: dict[str, Sequence[Part]] = {
     "before a picture": [OPEN, "look: ", V, A, "what happens?", CLOSE],
     "two in the order seen": [OPEN, "look: ", V, W, "same?", CLOSE],
     "two in the other order": [OPEN, "look: ", W, LONG, V, "same?", CLOSE],
+    "as the very last tokens": [OPEN, A, "look: ", Video(1, is_closed=False)],
 }
 LIMITS = {"limit_mm_per_prompt": {"image": 2, "video": 2}, "max_model_len": 4096}
 
@@ -90,6 +91,20 @@ def test_positions_are_those_of_vllm(video_engine: Engine, family: Family, scene
     assert torch.equal(found, expected)
     steps = set((found[0, 1:] - found[0, :-1]).unique().tolist())
     assert {2, 3} <= steps if family == "qwen2_5_vl" else {0, 1, 4} <= steps
+
+
+@pytest.mark.parametrize("cut", [32, 64, 96])
+def test_reuse_builds_on_a_prefix_that_ends_within_a_video(knowing: Engine, bound: float, cut: int) -> None:
+    parts = SCENES["two in the order seen"]
+    expected = plain(knowing, parts)
+    for ratio in (1.0, 0.05):
+        knowing.forget()
+        cached = knowing.call(inside.compute_prefix, Ask(parts, "off", max_tokens=2), cut)
+        answer = knowing.ask_one(Ask(parts, ratio=ratio))
+        assert answer.report["prefix_cached_tokens"] == cached == cut
+        assert answer.report["recomputed_tokens"] > 0
+        if ratio == 1.0:
+            assert answer.gap(expected) <= bound
 
 
 def test_frames_at_another_speed_are_a_miss(knowing: Engine, bound: float) -> None:

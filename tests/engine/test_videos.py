@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from engine.conftest import MakeEngine
+from engine.fake_config import BLOCK_SIZE
 from engine.fake_engine import FakeEngine
-from engine.fake_prompts import Ask, Frames, Image, Video
+from engine.fake_prompts import Ask, Frames, Image, Video, text
 from engine.scenes import BETWEEN, CLOSE, OPEN, A, drop_entries, reused, show
 from vlcache_connector.types import EntryClass
 
@@ -151,6 +152,21 @@ def test_stored_encoder_output_serves_requests_that_reuse_no_kv(make_engine: Mak
     engine.scheduler.reset_encoder_cache()
     engine.ask(Ask([*OPEN, G, *BETWEEN, F, *CLOSE], "exact"))
     assert engine.encoded == [F.identifier, G.identifier] and engine.counts["loaded_embeddings"] == 2
+
+
+def test_a_video_whose_frames_are_in_the_prefix_cache_is_not_saved_when_its_last_text_is_computed(
+    make_engine: MakeEngine,
+) -> None:
+    """vLLM does not need its encoder output then, and need not have it."""
+    engine = make_engine()
+    before = text("aligned", 1 - F.num_tokens % -BLOCK_SIZE)  # so that the video ends with the first token of a block
+    engine.ask(Ask([*before, F, *CLOSE], "off"))
+    engine.scheduler.reset_encoder_cache()
+    for worker in engine.workers:
+        worker.encoder_cache.clear()
+    (answer,) = engine.ask(Ask([*before, F, *BETWEEN]))
+    assert answer.report["prefix_cached_tokens"] == len(before) + F.num_tokens - 1
+    assert not classes(engine) and engine.encoded == [F.identifier]
 
 
 def test_videos_with_text_between_their_frames_come_back_from_disk(make_engine: MakeEngine, tmp_path: Path) -> None:

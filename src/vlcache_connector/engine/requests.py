@@ -177,7 +177,7 @@ def _find_spans(state: RequestState, keys: KeySpace, trust_client_uuids: bool) -
             state.declined = None if spans else reason
             break
         item, name = _media_of(feature), (feature.modality, feature.identifier, salt)
-        kv_key = keys.kv(*name, _context_of(item, state.request.prompt_token_ids or []))
+        kv_key = keys.kv(*name, _form_of(item, state.request.prompt_token_ids or []))
         num_text = item.length - item.num_embedded
         spans.append(Span(item.offset, item.length, kv_key, keys.embedding(*name), feature.modality, num_text))
         media.append(item)
@@ -198,9 +198,9 @@ def _media_of(feature: "MultiModalFeatureSpec") -> Media:
     )
 
 
-def _context_of(item: Media, token_ids: Sequence[int]) -> str:
-    """What the KV of an item follows from beside its content, as long as nothing stands before it: where its tokens lie
-    among themselves and, where text stands between its frames, that text and its places.
+def _form_of(item: Media, token_ids: Sequence[int]) -> str:
+    """How an item became tokens: where they lie among themselves and, where text stands between its frames, that text
+    and its places.
     """
     if not item.frames:
         return item.places

@@ -34,7 +34,11 @@ class SavePlanner:
             number = state.first_unsaved
             state.first_unsaved += 1
             span = state.spans[number]
-            if self._session.unsupported is not None or state.declined is not None or span.end <= state.num_local:
+            if self._session.unsupported is not None or state.declined is not None:
+                continue
+            if (
+                state.media[number].embedded[-1].end <= state.num_local
+            ):  # vLLM needs no encoder output, and may have none
                 continue
             if self._session.index.holds(span.kv_key):
                 continue
