@@ -34,11 +34,9 @@ class SavePlanner:
             number = state.first_unsaved
             state.first_unsaved += 1
             span = state.spans[number]
-            if self._session.unsupported is not None or state.declined is not None:
-                continue
-            if (
-                state.media[number].embedded[-1].end <= state.num_local
-            ):  # vLLM needs no encoder output, and may have none
+            # With all its frames in vLLM's prefix cache, nobody asked for its encoder output, and it may be gone.
+            is_cached = state.media[number].embedded[-1].end <= state.num_local
+            if is_cached or self._session.unsupported is not None or state.declined is not None:
                 continue
             if self._session.index.holds(span.kv_key):
                 continue
