@@ -130,7 +130,7 @@ def text(seed: object, num_tokens: int) -> list[int]:
     return [rng.randrange(100, 1000) for _ in range(num_tokens)]
 
 
-def request_of(ask: Ask, truth: Truth, hasher: Callable[[Any], Any]) -> Request:
+def request_of(ask: Ask, truth: Truth, hasher: Callable[[Any], Any] | None) -> Request:
     sampling = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True)
     own = {} if ask.ratio is None else {"recompute_ratio": ask.ratio, "policy": ask.policy}
     sampling.extra_args = {"kv_transfer_params": {"vlcache": {"mode": ask.mode} | own}}

@@ -8,13 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from vllm.multimodal.inputs import PlaceholderRange
 
 from engine.conftest import MakeEngine
 from engine.fake_config import BLOCK_SIZE
 from engine.fake_engine import FakeEngine
-from engine.fake_prompts import Ask, Frames, Image, Video, text
+from engine.fake_prompts import Ask, Frames, Image, Video, request_of, text, truth_of
 from engine.scenes import BETWEEN, CLOSE, OPEN, A, drop_entries, reused, show
-from vlcache_connector.types import EntryClass
+from vlcache_connector.config import Options
+from vlcache_connector.engine.requests import describe
+from vlcache_connector.plan.keys import KeySpace
+from vlcache_connector.types import EntryClass, Span
 
 V, W = Video("V", 20), Video("W", 14, seconds=0.5)
 F, G = Frames("F", 24), Frames("G", 20, num_frames=2)
@@ -119,6 +123,21 @@ def test_at_another_speed_the_encoder_output_is_reused_and_the_kv_is_not(
         (answer,) = engine.ask(Ask([*BETWEEN, known, *CLOSE]))
         assert reused(answer) > 0
         engine.forget()
+
+
+def test_equal_tokens_with_encoder_output_in_other_places_are_another_entry() -> None:
+    keys, ask = KeySpace(b"kv", b"embedding"), Ask([*OPEN, F, *CLOSE])
+    spans = list[Span]()
+    for shift in (0, 1):
+        request = request_of(ask, truth_of("a request", ask), None)
+        place = request.mm_features[0].mm_position
+        assert place.is_embed is not None
+        moved = PlaceholderRange(place.offset, place.length, place.is_embed.roll(shift))
+        request.mm_features = [replace(request.mm_features[0], mm_position=moved)]
+        spans += describe(request, keys, Options(), 1).spans
+    one, other = spans
+    assert one.num_embedded == other.num_embedded and one.embedding_key == other.embedding_key
+    assert one.kv_key != other.kv_key
 
 
 @pytest.mark.parametrize("video", [V, F], ids=["dense", "text between"])
