@@ -13,6 +13,7 @@ from vlcache_connector.engine import fetches
 from vlcache_connector.engine.kv_worker import VLCacheWorker
 from vlcache_connector.engine.metadata import ReusePiece
 from vlcache_connector.engine.session import SCHEDULERS
+from vlcache_connector.exec import audit
 from vlcache_connector.exec.batch import VirtualBatch
 from vlcache_connector.exec.transfer import save_run
 from vlcache_connector.metrics import merge
@@ -157,11 +158,27 @@ def count_encoder_runs(llm: Any) -> int:
 
 
 def audit_everything(llm: Any) -> None:
-    """From here on all reuse is audited."""
-    side = session(llm)
+    """From here on all reuse is audited, and what full computation gives is kept."""
+    side, compare = session(llm), audit._divergence
     options = side.options
     side.options = replace(options, audit_fraction=1.0)
     _undo.append(lambda: setattr(side, "options", options))
+
+    def watching(true: torch.Tensor, other: torch.Tensor) -> Any:
+        _audited.append(true.float().log_softmax(-1))
+        return compare(true, other)
+
+    audit._divergence = watching  # type: ignore[assignment]
+    _undo.append(lambda: setattr(audit, "_divergence", compare))
+
+
+_audited: list[torch.Tensor] = []
+
+
+def last_audit(llm: Any) -> list[float]:
+    """Log-probabilities of the first token that the latest audit found by full computation."""
+    found: list[float] = _audited[-1].tolist()
+    return found
 
 
 def run_idle(llm: Any) -> int:

@@ -142,14 +142,20 @@ def test_a_video_behind_a_reused_picture_is_learnt_when_idle(knowing: Engine, bo
             assert answer.gap(expected) <= bound
 
 
-def test_an_audit_of_reuse_that_is_exact_finds_nothing(knowing: Engine, bound: float) -> None:
+def test_an_audit_computes_what_plain_vllm_does_and_finds_nothing_where_reuse_is_exact(
+    knowing: Engine, bound: float
+) -> None:
     """A video under the text that it was first seen under, and a new one behind it. The divergence is a mean of
     differences of log-probabilities, so it is within the bound on these.
     """
+    parts = [OPEN, "first seen here ", V, "and then ", Video(11), CLOSE]
+    expected = plain(knowing, parts)
+    knowing.forget()
     knowing.call(inside.audit_everything)
-    answer = knowing.ask_one(Ask([OPEN, "first seen here ", V, "and then ", Video(11), CLOSE], ratio=0.5))
-    assert answer.report["reused_tokens"] > 0
+    assert knowing.ask_one(Ask(parts, ratio=0.5)).report["reused_tokens"] > 0
     knowing.call(inside.run_idle)
+    true = knowing.call(inside.last_audit)
+    assert max(abs(true[token] - expected.logprobs[token]) for token in expected.logprobs) <= bound
     counts = knowing.call(inside.counters)
     assert counts["audits"] == 1 and max(counts["drift_kl"]) <= bound
     knowing.forget()
