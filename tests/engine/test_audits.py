@@ -293,6 +293,6 @@ def test_random_traffic_with_audits_is_answered_and_leaves_nothing_behind(
         return mood
 
     engine.audited = audited_now
-    aborted = drive(engine, rng, 100, Weather(arrivals=0.07))
+    aborted = drive(engine, rng, 160, Weather(arrivals=0.07))
     assert {name for name, answer in engine.answers.items() if not answer.is_finished} <= aborted
     assert audited(engine) >= 3 and dropped(engine, "failed") + dropped(engine, "reset") + dropped(engine, "gone") > 0
