@@ -62,6 +62,17 @@ class Span:
     kv_key: bytes
     embedding_key: bytes
     modality: str = "image"  # one of `MODALITIES`
+    num_text: int = 0  # of its tokens: text between frames, which has no encoder output
+
+    @property
+    def num_embedded(self) -> int:
+        """Rows of its encoder output."""
+        return self.length - self.num_text
+
+    @property
+    def entries(self) -> tuple[tuple[str, bytes, int], ...]:
+        """Kind, key and tokens of its entries."""
+        return ("kv", self.kv_key, self.length), ("embedding", self.embedding_key, self.num_embedded)
 
     @property
     def end(self) -> int:

@@ -39,12 +39,12 @@ class DenseModel:
         positions: torch.Tensor,
         computed: torch.Tensor,
         known: torch.Tensor,
-        embeddings: Sequence[tuple[int, torch.Tensor]],
+        embeddings: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> torch.Tensor:
         """Keys and values [layers, 2, n, heads, dim] of all tokens.
 
         `computed` [n], or [layers, n] where each layer has some of those of the one before, names the tokens to
-        compute; `known` holds the rows of all others.
+        compute; `known` holds the rows of all others. Each of `embeddings` are tokens and their encoder output.
         """
         text, n = self._text, computed.shape[-1]
         by_layer = computed.expand(len(text.layers), -1)
@@ -52,12 +52,13 @@ class DenseModel:
         width = text.config.hidden_size
         hidden = text.embed_tokens(torch.tensor(token_ids)[:n])
         levels: list[torch.Tensor] = []
-        for offset, rows in embeddings:
-            pieces = rows.float().split(width, dim=-1)
-            hidden[offset : offset + len(rows)] = pieces[0][: n - offset]
+        for tokens, rows in embeddings:
+            inside = tokens < n
+            pieces = rows[inside].float().split(width, dim=-1)
+            hidden[tokens[inside]] = pieces[0]
             levels = levels or [torch.zeros_like(hidden) for _ in pieces[1:]]
             for level, piece in zip(levels, pieces[1:], strict=True):
-                level[offset : offset + len(rows)] = piece[: n - offset]
+                level[tokens[inside]] = piece
         hidden = hidden[where]
         cos, sin = self.rotary(positions[:, :n])
         out = known.clone()

@@ -42,7 +42,7 @@ class Picture:
 @dataclass(frozen=True)
 class Video:
     """A reproducible video; a still one shows one picture all the time. Of the default size it is 80 tokens for
-    Qwen2.5-VL: 4 steps of 2 frames, 5 rows and 4 columns each.
+    Qwen2.5-VL: 4 steps of 2 frames, 5 rows and 4 columns each; for Qwen3-VL 4 steps of 16 tokens, each behind the time.
     """
 
     seed: int
@@ -51,8 +51,11 @@ class Video:
     height: int = 140
     fps: float = 3.0
     is_still: bool = False
+    is_closed: bool = True  # whether the end marker follows
 
-    text = "<|vision_start|><|video_pad|><|vision_end|>"
+    @property
+    def text(self) -> str:
+        return "<|vision_start|><|video_pad|>" + ("<|vision_end|>" if self.is_closed else "")
 
     def frames(self) -> tuple[Any, dict[str, Any]]:
         """Frames [frames, height, width, 3], and what vLLM wants to know about them."""

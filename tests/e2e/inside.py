@@ -1,6 +1,7 @@
 """Functions that run in the engine's process: they look at the connector's state, or plant a fault in it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from vlcache_connector.engine import fetches
 from vlcache_connector.engine.kv_worker import VLCacheWorker
 from vlcache_connector.engine.metadata import ReusePiece
 from vlcache_connector.engine.session import SCHEDULERS
-from vlcache_connector.exec import recompute
+from vlcache_connector.exec import audit, recompute
 from vlcache_connector.exec.batch import VirtualBatch
 from vlcache_connector.exec.transfer import save_run
 from vlcache_connector.metrics import merge
@@ -154,6 +155,30 @@ def count_encoder_runs(llm: Any) -> int:
         visual.forward = counting
     seen, visual._images_seen = visual._images_seen, 0
     return int(seen)
+
+
+def audit_everything(llm: Any) -> None:
+    """From here on all reuse is audited, and what full computation gives is kept."""
+    side, compare = session(llm), audit._divergence
+    options = side.options
+    side.options = replace(options, audit_fraction=1.0)
+    _undo.append(lambda: setattr(side, "options", options))
+
+    def watching(true: torch.Tensor, other: torch.Tensor) -> Any:
+        _audited.append(true.float().log_softmax(-1))
+        return compare(true, other)
+
+    audit._divergence = watching  # type: ignore[assignment]
+    _undo.append(lambda: setattr(audit, "_divergence", compare))
+
+
+_audited: list[torch.Tensor] = []
+
+
+def last_audit(llm: Any) -> list[float]:
+    """Log-probabilities of the first token that the latest audit found by full computation."""
+    found: list[float] = _audited[-1].tolist()
+    return found
 
 
 def run_idle(llm: Any) -> int:
@@ -395,12 +420,16 @@ def pages_of(side: VLCacheWorker, job: Sequence[ReusePiece]) -> torch.Tensor:
 
 
 def last_job(llm: Any) -> dict[str, Any]:
-    """The latest watched job as plain data: runs, pages, stored entries, positions, embeddings."""
+    """The latest watched job as plain data: runs, pages, stored entries, positions, embeddings with their tokens."""
     job, pages = _watched_jobs[-1]
     side = worker(llm)
     slab = side._session.slab
     spans = {span.offset: span for piece in job for span in piece.spans}
+    token_ids, config = torch.tensor(job[-1].prompt.token_ids), model(llm).config
+    media = ((token_ids == config.image_token_id) | (token_ids == config.video_token_id)).nonzero()[:, 0]
+    tokens = {span: media[(media >= span.offset) & (media < span.run.end)] for span in spans.values()}
     return {
+        "embeddings": [(at, slab.embedding(span.embedding, len(at)).clone()) for span, at in tokens.items()],
         "token_ids": job[-1].prompt.token_ids,
         "positions": side._stack.positions(job[-1].prompt),
         "recomputed": recomputed_by(job),
@@ -412,7 +441,6 @@ def last_job(llm: Any) -> dict[str, Any]:
                 "reused": [run for piece in job for s in piece.spans if s.offset == span.offset for run in s.reused],
                 "entry": slab.kv(span.kv, span.length).clone(),
                 "stored_positions": slab.positions(span.kv, span.length).clone(),
-                "embedding": slab.embedding(span.embedding, span.length).clone(),
                 "narrowings": span.narrowings,
             }
             for span in spans.values()

@@ -48,8 +48,7 @@ def turned(job: dict[str, Any], span: dict[str, Any], dense: DenseModel) -> torc
 
 def assert_rows_are_dense(job: dict[str, Any], is_computed: torch.Tensor, dense: DenseModel) -> None:
     """`is_computed` [layers, tokens]: what each layer made itself, seeing what the pages hold of the others."""
-    embeddings = [(span["offset"], span["embedding"]) for span in job["spans"]]
-    expected = dense.recompute(job["token_ids"], job["positions"], is_computed, job["pages"], embeddings)
+    expected = dense.recompute(job["token_ids"], job["positions"], is_computed, job["pages"], job["embeddings"])
     assert relative_error(job["pages"], expected) < TOLERANCE
 
 

@@ -66,8 +66,7 @@ def check_pages(engine: Engine, dense: DenseModel, parts: Sequence[Part], ratio:
     assert moved - {0}, "the scene must move at least one picture"
 
     assert not any(is_reused[run.start : run.end].any() for run in job["recomputed"])
-    embeddings = [(span["offset"], span["embedding"]) for span in job["spans"]]
-    expected = dense.recompute(job["token_ids"], positions, ~is_reused, pages, embeddings)
+    expected = dense.recompute(job["token_ids"], positions, ~is_reused, pages, job["embeddings"])
     assert relative_error(pages, expected) < TOLERANCE
 
 
@@ -141,6 +140,5 @@ def test_shifted_rows_move_by_what_the_samples_of_their_span_changed(
             assert relative_error(pages[layer, 0, offset + rows], expected_keys) < TOLERANCE
             assert relative_error(pages[layer, 1, offset + rows], entry[1, rows] + moved[1]) < TOLERANCE
     assert num_moved > 0, "the scene must change what the pictures' keys are"
-    embeddings = [(span["offset"], span["embedding"]) for span in job["spans"]]
-    expected = dense.recompute(job["token_ids"], positions, ~is_reused, pages, embeddings)
+    expected = dense.recompute(job["token_ids"], positions, ~is_reused, pages, job["embeddings"])
     assert relative_error(pages, expected) < TOLERANCE, "samples see the moved rows in every layer"

@@ -3,6 +3,7 @@ them.
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from engine.fake_records import ENGINE_RATIO, IMAGE_TOKEN, Content, Truth
+from vlcache_connector.types import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,10 @@ class Image:
     @property
     def grid(self) -> tuple[int, int, int]:
         return 1, 2, 2 * self.num_tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [IMAGE_TOKEN] * self.num_tokens
 
     def data(self) -> dict[str, MultiModalFieldElem]:
         """As vLLM's processor describes it."""
@@ -76,6 +82,37 @@ class Video(Image):
 
 
 @dataclass(frozen=True, slots=True)
+class Frames(Image):
+    """A video of the kind that has text between its frames: before each what time it is, and a token of text behind.
+    Its identifier says nothing of the time between two of them.
+    """
+
+    num_frames: int = 3
+    seconds: int = 1
+
+    @property
+    def modality(self) -> str:
+        return "video"
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.num_frames, 2, 2 * (self.num_tokens // self.num_frames - 3)
+
+    @property
+    def token_ids(self) -> list[int]:
+        assert self.num_tokens % self.num_frames == 0
+        frame = [IMAGE_TOKEN] * (self.num_tokens // self.num_frames - 3)
+        return [token for n in range(self.num_frames) for token in (10 + n * self.seconds, 8, *frame, 9)]
+
+    def data(self) -> dict[str, MultiModalFieldElem]:
+        grid = torch.tensor(self.grid)
+        return {
+            "video_grid_thw": MultiModalFieldElem(grid, MultiModalBatchedField(keep_on_cpu=True)),
+            "pixel_values_videos": MultiModalFieldElem(grid, MultiModalBatchedField()),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Ask:
     """A request: text as token ids, images and videos."""
 
@@ -94,7 +131,7 @@ def text(seed: object, num_tokens: int) -> list[int]:
     return [rng.randrange(100, 1000) for _ in range(num_tokens)]
 
 
-def request_of(ask: Ask, truth: Truth, hasher: Callable[[Any], Any]) -> Request:
+def request_of(ask: Ask, truth: Truth, hasher: Callable[[Any], Any] | None) -> Request:
     sampling = SamplingParams(max_tokens=ask.max_tokens, ignore_eos=True)
     own = {} if ask.ratio is None else {"recompute_ratio": ask.ratio, "policy": ask.policy}
     own |= {"at_any_cost": True} if ask.at_any_cost else {}
@@ -114,17 +151,21 @@ def features_of(parts: Sequence[int | Image]) -> list[MultiModalFeatureSpec]:
     features, offset = [], 0
     for part in parts:
         if isinstance(part, Image):
-            data, place = MultiModalKwargsItem(part.data()), PlaceholderRange(offset, part.num_tokens)
+            is_embed = torch.tensor(part.token_ids) == IMAGE_TOKEN
+            place = PlaceholderRange(offset, part.num_tokens, None if is_embed.all() else is_embed)
+            data = MultiModalKwargsItem(part.data())
             features.append(MultiModalFeatureSpec(data, part.modality, part.identifier, place))
         offset += part.num_tokens if isinstance(part, Image) else 1
     return features
 
 
 def truth_of(request_id: str, ask: Ask) -> Truth:
-    contents: list[Content] = []
+    contents, images = list[Content](), dict[Run, str]()
     for part in ask.parts:
         if isinstance(part, Image):
-            contents += [(part.identifier, index) for index in range(part.num_tokens)]
+            images[Run(len(contents), len(contents) + part.num_tokens)] = part.identifier
+            rows = itertools.count()
+            contents += [(part.identifier, next(rows)) if token == IMAGE_TOKEN else token for token in part.token_ids]
         else:
             contents.append(part)
     num_prompt, digests, digest = len(contents), list[int](), 0
@@ -137,4 +178,4 @@ def truth_of(request_id: str, ask: Ask) -> Truth:
     tokens = [content if isinstance(content, int) else IMAGE_TOKEN for content in contents]
     chosen = ask.ratio if ask.ratio is not None else ENGINE_RATIO
     ratio = chosen if ask.mode == "reuse" else None
-    return Truth(request_id, tuple(tokens), tuple(contents), tuple(digests), num_prompt, ask.salt, ratio)
+    return Truth(request_id, tuple(tokens), tuple(contents), tuple(digests), num_prompt, ask.salt, ratio, images)

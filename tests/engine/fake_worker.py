@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.outputs import ECConnectorOutput, KVConnectorOutput, ModelRunnerOutput
 
 from engine.fake_entries import FakeEntries
-from engine.fake_records import IMAGE_TOKEN, Entry, Record, Truth
+from engine.fake_records import IMAGE_TOKEN, Entry, Record, Truth, kv_entry
 from vlcache_connector.engine.metadata import (
     AuditJob,
     CompileJob,
@@ -21,13 +21,13 @@ from vlcache_connector.engine.metadata import (
     JobResults,
     ReusePiece,
     SaveJob,
-    SpanLoad,
     VLCacheECMetadata,
     VLCacheECWorkerMetadata,
     VLCacheMetadata,
     VLCacheWorkerMetadata,
 )
 from vlcache_connector.exec.audit import Drift
+from vlcache_connector.exec.model import Prompt
 from vlcache_connector.types import Extent, Run
 
 
@@ -169,10 +169,8 @@ class FakeWorker:
             if piece.shifts and span.reused:
                 assert (piece.job_id, span.offset) not in self._shifted, "the tokens of a span move in one piece"
                 self._shifted.add((piece.job_id, span.offset))
-            image = Run(span.offset, span.offset + span.length)
-            wanted = Entry("kv", truth.image(image), truth.tenant, span.length, self.weights)
-            self._check_entry(span.kv, wanted)
-            self._check_entry(span.embedding, Entry("embedding", *_facts(wanted)))
+            self._check_entry(span.kv, truth.kv_entry(span.run, self.weights))
+            self._check_embedding(piece, truth, span.offset, span.embedding)
             for run in span.reused:
                 self._write(truth, piece.block_ids, run, is_exact=False)
 
@@ -183,13 +181,13 @@ class FakeWorker:
                 self._write(truth, piece.block_ids, run, is_exact=False)
                 continue
             images = {content[0] for content in truth.contents[run.start : run.end] if isinstance(content, tuple)}
-            assert images <= {truth.image(_whole(span)) for span in piece.spans}, "an embedding is missing in the piece"
+            assert images <= {truth.images[span.run] for span in piece.spans}, "an embedding is missing in the piece"
             self._compute(truth, piece.block_ids, run)
 
     def _save(self, results: JobResults, job: SaveJob) -> None:
         truth = self.truths[job.request_id]
         assert self._read(truth, job.block_ids, job.run.end), "approximate KV is stored"
-        entry = Entry("kv", truth.image(job.run), truth.tenant, len(job.run), self.weights)
+        entry = truth.kv_entry(job.run, self.weights)
         self._put(results, job.job_id, job.kv, entry, self.is_struck("save", self.rank, job.request_id))
 
     def _save_embedding(self, results: JobResults, job: EmbeddingJob) -> None:
@@ -200,15 +198,17 @@ class FakeWorker:
 
     def _compile(self, results: JobResults, job: CompileJob) -> None:
         """Without a request: the embedding says whose image it is."""
-        embedding = self.entries.read(job.embedding, "embedding", len(job.run))
+        token_ids = job.prompt.token_ids[job.run.start :]
+        assert job.run.end == len(job.prompt.token_ids) and len(job.run) == len(token_ids)
+        embedding = self.entries.read(job.embedding, "embedding", token_ids.count(IMAGE_TOKEN))
         assert embedding is not None
-        assert job.run.end == len(job.prompt.token_ids) and len(job.run) == embedding.num_tokens
+        self._check_rows(job.prompt, job.run.start)
         assert IMAGE_TOKEN not in job.prompt.token_ids[: job.run.start], "an image whose embedding is not given"
         for position in range(job.run.end):
             slot = self._slot(job.block_ids, position)
             assert slot not in self.pages, "scratch blocks are somebody's"
             self.pages[slot] = Record(None, position, embedding.tenant, self.weights, None, None)
-        entry = Entry("kv", *_facts(embedding))
+        entry = kv_entry(embedding.identifier, embedding.tenant, token_ids, embedding.weights)
         self._put(results, job.job_id, job.kv, entry, self.is_struck("compile", self.rank, ""))
 
     def _audit(self, results: JobResults, job: AuditJob) -> None:
@@ -218,15 +218,11 @@ class FakeWorker:
         runs = sorted([*_settled(piece), *(run for span in piece.spans for run in span.reused)], key=lambda r: r.start)
         assert [run.start for run in runs] == [0, *(run.end for run in runs[:-1])] and runs[-1].end == truth.num_prompt
         for span in piece.spans:
-            wanted = Entry("kv", truth.image(_whole(span)), truth.tenant, span.length, self.weights)
-            self._check_entry(span.kv, wanted)
-        images = [(span.offset, span.length, span.embedding) for span in piece.spans] + list(job.embeddings)
-        for offset, length, extent in images:
-            image = truth.image(Run(offset, offset + length))
-            self._check_entry(extent, Entry("embedding", image, truth.tenant, length, self.weights))
-        assert sum(length for _, length, _ in images) == piece.prompt.token_ids.count(IMAGE_TOKEN), (
-            "an image is missing"
-        )
+            self._check_entry(span.kv, truth.kv_entry(span.run, self.weights))
+        images = [(span.offset, span.embedding) for span in piece.spans] + list(job.embeddings)
+        for offset, extent in images:
+            self._check_embedding(piece, truth, offset, extent)
+        assert sorted(offset for offset, _ in images) == [run.start for run in truth.images], "an image is missing"
         for position in range(truth.num_prompt):
             slot = self._slot(piece.block_ids, position)
             assert slot not in self.pages, "scratch blocks are somebody's"
@@ -273,6 +269,17 @@ class FakeWorker:
         found = self.entries.read(extent, wanted.kind, wanted.num_tokens)
         assert found == wanted, f"{extent} holds {found}, not {wanted}"
 
+    def _check_embedding(self, piece: ReusePiece, truth: Truth, offset: int, extent: Extent) -> None:
+        self._check_rows(piece.prompt, offset)
+        run = next(run for run in truth.images if run.start == offset)
+        self._check_entry(extent, truth.embedding_entry(run, self.weights))
+
+    def _check_rows(self, prompt: Prompt, offset: int) -> None:
+        """Whether encoder output is for the image's own tokens, and not for text between its frames."""
+        embedded = [position for run in prompt.item(offset).embedded for position in range(run.start, run.end)]
+        end = offset + prompt.item(offset).length
+        assert embedded == [p for p in range(offset, end) if prompt.token_ids[p] == IMAGE_TOKEN]
+
     def _put(self, results: JobResults, job_id: int, extent: Extent, entry: Entry, is_lost: bool) -> None:
         self.entries.write(extent, entry, is_lost)
         _answer(results, job_id, "lost" if is_lost else None)
@@ -283,14 +290,6 @@ def _answer(results: JobResults, job_id: int, error: str | None) -> None:
         results.succeeded[job_id] = 1
     else:
         results.failed[job_id] = error
-
-
-def _facts(entry: Entry) -> tuple[str, str | None, int, int]:
-    return entry.identifier, entry.tenant, entry.num_tokens, entry.weights
-
-
-def _whole(span: SpanLoad) -> Run:
-    return Run(span.offset, span.offset + span.length)
 
 
 def _settled(piece: ReusePiece) -> list[Run]:

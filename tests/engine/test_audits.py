@@ -121,7 +121,7 @@ def test_a_prompt_behind_an_exact_prefix_is_audited_as_it_was(make_engine: MakeE
     assert answer.report["prefix_cached_tokens"] > len(OPEN) + B.num_tokens
     ((_, job),) = jobs(engine)
     assert [span.length for span in job.piece.spans] == [A.num_tokens]
-    assert [length for _, length, _ in job.embeddings] == [B.num_tokens, 9]
+    assert [job.piece.prompt.item(offset).length for offset, _ in job.embeddings] == [B.num_tokens, 9]
 
 
 # -- never in the way -------------------------------------------------------------------------------------------------
@@ -293,6 +293,6 @@ def test_random_traffic_with_audits_is_answered_and_leaves_nothing_behind(
         return mood
 
     engine.audited = audited_now
-    aborted = drive(engine, rng, 100, Weather(arrivals=0.07))
+    aborted = drive(engine, rng, 160, Weather(arrivals=0.07))
     assert {name for name, answer in engine.answers.items() if not answer.is_finished} <= aborted
     assert audited(engine) >= 3 and dropped(engine, "failed") + dropped(engine, "reset") + dropped(engine, "gone") > 0

@@ -11,10 +11,10 @@ import torch
 from checkpoints import cached_checkpoint
 from vlcache_connector.engine.compat import require_supported_engine
 from vlcache_connector.engine.fingerprint import are_weights_known, embedding_facts, kv_facts, weights_fingerprint
-from vlcache_connector.engine.support import engine_reason, feature_reason
+from vlcache_connector.engine.support import engine_reason, feature_reason, frames_of
 from vlcache_connector.errors import UnsupportedEngineError
 from vlcache_connector.store.slab import EntryLayout
-from vlcache_connector.types import MAX_ORDERED, Reason
+from vlcache_connector.types import MAX_ORDERED, Reason, Run
 
 
 @pytest.fixture(scope="module")
@@ -128,14 +128,35 @@ def test_media_items_are_declined_with_their_reason() -> None:
     assert feature_reason(_feature(identifier="3f-image-0"), True) is None
 
 
-def test_a_video_is_accepted_when_it_is_one_run_of_frames() -> None:
+@pytest.mark.parametrize(
+    ("is_embed", "frames"),
+    [
+        ("1111", ()),
+        ("0110110", (Run(1, 3), Run(4, 6))),
+        ("110011", (Run(0, 2), Run(4, 6))),
+        ("011010", None),
+        ("0110", None),
+        ("01101101100", None),
+        ("0000", None),
+    ],
+    ids=["dense", "text around", "text between", "of two lengths", "too few", "too many", "none"],
+)
+def test_a_video_is_accepted_when_it_is_one_run_or_a_run_for_each_step(
+    is_embed: str, frames: tuple[Run, ...] | None
+) -> None:
     from vllm.multimodal.inputs import PlaceholderRange
 
-    with_text_between = PlaceholderRange(3, 4, is_embed=torch.tensor([False, True, False, True]))
+    mask = torch.tensor([digit == "1" for digit in is_embed])
+    data = {"video_grid_thw": SimpleNamespace(data=torch.tensor([2, 4, 2])), "pixel_values_videos": object()}
+    video = _feature(modality="video", data=data, mm_position=PlaceholderRange(3, len(mask), is_embed=mask))
+    assert frames_of(video) == frames
+    assert feature_reason(video, False) is (None if frames is not None else Reason.SPARSE_PLACEHOLDER)
+
+
+def test_a_video_is_declined_without_its_frames_or_their_hash() -> None:
     video = {"modality": "video", "data": {"video_grid_thw": object(), "pixel_values_videos": object()}}
     embedded = {"video_embeds": object(), "video_grid_thw": object()}
     assert feature_reason(_feature(**video), False) is None
-    assert feature_reason(_feature(**video, mm_position=with_text_between), False) is Reason.SPARSE_PLACEHOLDER
     assert feature_reason(_feature(**video | {"data": embedded}), False) is Reason.EMBEDDING_INPUT
     assert feature_reason(_feature(modality="video"), False) is Reason.EMBEDDING_INPUT, "it has no grid of a video"
     assert feature_reason(_feature(**video, identifier="3f-video-0"), False) is Reason.CLIENT_UUID

@@ -11,9 +11,10 @@ import pytest
 
 from engine.conftest import MakeEngine
 from engine.fake_engine import FakeEngine
-from engine.fake_prompts import Ask, Image, text
+from engine.fake_prompts import Ask, Frames, Image, text
 
 IMAGES = [Image(f"traffic {number}", num_tokens) for number, num_tokens in enumerate([4, 6, 9, 13, 17, 24, 30, 41])]
+IMAGES += [Frames("traffic", 27, seconds=seconds) for seconds in (1, 2)]
 
 
 @dataclass(slots=True)
@@ -31,8 +32,8 @@ class Weather:
 
 
 def random_ask(rng: random.Random) -> Ask:
-    """Few images, tenants and settings, so that they recur; half of the beginnings do, too. No ratio is one that the
-    engine may choose by itself: the two would share their blocks, and workers could not tell them apart.
+    """Few images and videos, tenants and settings, so that they recur; half of the beginnings do, too. No ratio is one
+    that the engine may choose by itself: the two would share their blocks, and workers could not tell them apart.
     """
     beginning = rng.choice([0, 1, rng.random(), rng.random()])
     parts: list[int | Image] = [*text(beginning, rng.choice([0, 3, 8]))]

@@ -24,7 +24,7 @@ from vlcache_connector.exec.batch import Row, VirtualBatch, build_batch
 from vlcache_connector.exec.narrow import Narrowed, kept_at
 from vlcache_connector.exec.recompute import Recompute
 from vlcache_connector.exec.rope import Rope
-from vlcache_connector.exec.sequence import SequenceInput
+from vlcache_connector.exec.sequence import EncoderOutput, SequenceInput
 from vlcache_connector.exec.stored import StoredSpan
 from vlcache_connector.types import Narrowing, Run
 
@@ -46,7 +46,7 @@ def request_of(seed: int, block_ids: list[int]) -> Request:
         torch.randint(0, 32, (NUM_TOKENS,), generator=generator),
         torch.randint(0, 50, (3, NUM_TOKENS), generator=generator),
         block_ids,
-        [(OFFSET, torch.randn(LENGTH, WIDTH * (1 + LEVELS), generator=generator))],
+        [EncoderOutput([Run(OFFSET, OFFSET + LENGTH)], torch.randn(LENGTH, WIDTH * (1 + LEVELS), generator=generator))],
     )
 
 

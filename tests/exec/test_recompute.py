@@ -16,7 +16,7 @@ from vlcache_connector.exec.batch import PassLimits, VirtualBatch
 from vlcache_connector.exec.model import Prompt
 from vlcache_connector.exec.recompute import FreshKV, Queries, Recompute
 from vlcache_connector.exec.rope import Rope
-from vlcache_connector.exec.sequence import SequenceInput
+from vlcache_connector.exec.sequence import EncoderOutput, SequenceInput
 from vlcache_connector.types import Run
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ class Request:
     token_ids: torch.Tensor
     positions: torch.Tensor  # [3, tokens]
     block_ids: list[int]
-    embeddings: list[tuple[int, torch.Tensor]]  # (offset, [length, width * (1 + LEVELS)])
+    embeddings: list[EncoderOutput]  # rows of width * (1 + LEVELS)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -90,10 +90,11 @@ def dense_forward(
     """
     x = decoder.table[request.token_ids].clone()
     added = torch.zeros(LEVELS, len(request), WIDTH, dtype=decoder.dtype)
-    for offset, rows in request.embeddings:
-        pieces = rows.to(decoder.dtype).view(len(rows), 1 + LEVELS, WIDTH)
-        x[offset : offset + len(rows)] = pieces[:, 0]
-        added[:, offset : offset + len(rows)] = pieces[:, 1:].transpose(0, 1)
+    for output in request.embeddings:
+        pieces = output.rows.to(decoder.dtype).view(-1, 1 + LEVELS, WIDTH)
+        tokens = [position for run in output.runs for position in range(run.start, run.end)]
+        x[tokens] = pieces[:, 0]
+        added[:, tokens] = pieces[:, 1:].transpose(0, 1)
     result = []
     for layer in range(NUM_LAYERS):
         q, k, v = decoder.project(layer, x, request.positions)
@@ -193,18 +194,22 @@ class PagedStack:
 
 
 def random_requests(rng: random.Random, num_requests: int) -> list[Request]:
-    """Requests with up to three spans, one of them at position 0 and two of them adjacent in some."""
+    """Requests with up to three spans, one of them at position 0, two of them adjacent, and text within one in some."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     free = rng.sample(range(NUM_BLOCKS), NUM_BLOCKS)
     requests = []
     for _ in range(num_requests):
-        embeddings: list[tuple[int, torch.Tensor]] = []
+        embeddings: list[EncoderOutput] = []
         end = 0
         for _ in range(rng.randrange(4)):
             offset, length = end + rng.choice([0, 0, 1, 4]), rng.choice([1, 3, 9])
-            rows = torch.randn(length, WIDTH * (1 + LEVELS), generator=generator)
-            embeddings.append((offset, rows))
-            end = offset + length
+            runs = [Run(offset, offset + length)]
+            for _ in range(rng.choice([0, 0, 1, 3])):
+                start = runs[-1].end + rng.choice([1, 2, 5])
+                runs.append(Run(start, start + rng.choice([1, 4])))
+            num_rows, end = sum(map(len, runs)), runs[-1].end
+            rows = torch.randn(num_rows, WIDTH * (1 + LEVELS), generator=generator)
+            embeddings.append(EncoderOutput(runs, rows))
         num_tokens = max(2, end + rng.choice([0, 1, 6]))
         requests.append(
             Request(
@@ -305,12 +310,13 @@ def test_recomputed_tokens_see_the_kv_of_reused_ones_and_leave_it_alone(seed: in
 def test_a_single_wrong_input_is_far_outside_the_bound(part: str) -> None:
     """What the tests above call rounding must not hide a wrong row."""
     rows = torch.randn(5, WIDTH * (1 + LEVELS), generator=torch.Generator().manual_seed(0))
-    request = Request(torch.arange(14), torch.arange(14).expand(3, -1), [3, 9, 1, 7], [(6, rows)])
+    right, late = (EncoderOutput([Run(start, start + 5)], rows) for start in (6, 7))
+    request = Request(torch.arange(14), torch.arange(14).expand(3, -1), [3, 9, 1, 7], [right])
     stack = PagedStack(Decoder(torch.float64))
     wrong = {
         "token_ids": replace(request, token_ids=request.token_ids.clone().index_fill(0, torch.tensor([2]), 31)),
         "positions": replace(request, positions=request.positions + torch.eye(3, 14, dtype=torch.int64)),
-        "embeddings": replace(request, embeddings=[(7, rows)]),
+        "embeddings": replace(request, embeddings=[late]),
     }[part]
     stack.recompute([wrong.input([Run(0, 14)])])
     with pytest.raises(AssertionError, match="more than"):
@@ -394,15 +400,14 @@ class Recorder:
         return [row[0] for at, _, hidden in self.calls if at == layer for row in hidden.tolist()]
 
 
-def levels_of(offset: int, length: int, levels: int) -> tuple[int, torch.Tensor]:
+def levels_of(levels: int, *runs: Run) -> EncoderOutput:
     """Encoder rows that tell where they belong: 1000 + position, then 10^4 and 10^6 times that for each level."""
-    numbers = 1000.0 + torch.arange(offset, offset + length)
-    return offset, torch.stack([numbers * scale for scale in (1, 1, 10**4, 10**4, 10**6, 10**6)], dim=1)[
-        :, : 2 * levels + 2
-    ]
+    numbers = 1000.0 + torch.cat([torch.arange(run.start, run.end) for run in runs])
+    rows = torch.stack([numbers * scale for scale in (1, 1, 10**4, 10**4, 10**6, 10**6)], dim=1)
+    return EncoderOutput(runs, rows[:, : 2 * levels + 2])
 
 
-def sequence(num_tokens: int, runs: list[Run], embeddings: list[tuple[int, torch.Tensor]]) -> SequenceInput:
+def sequence(num_tokens: int, runs: list[Run], embeddings: list[EncoderOutput]) -> SequenceInput:
     positions = torch.arange(num_tokens) + torch.tensor([[100], [200], [300]])
     return SequenceInput(torch.arange(num_tokens), positions, list(range(20)), runs, embeddings)
 
@@ -410,7 +415,7 @@ def sequence(num_tokens: int, runs: list[Run], embeddings: list[tuple[int, torch
 def test_encoder_rows_replace_the_rows_of_their_span_and_no_others() -> None:
     recorder = Recorder()
     runs = [Run(0, 2), Run(4, 6), Run(9, 12), Run(14, 16)]  # text, into a span, out of it, across two adjacent spans
-    spans = [levels_of(5, 6, 0), levels_of(12, 3, 0), levels_of(15, 1, 0)]
+    spans = [levels_of(0, Run(5, 11)), levels_of(0, Run(12, 15)), levels_of(0, Run(15, 16))]
     recorder.recompute([sequence(20, runs, spans)])
     assert recorder.rows(layer=0) == [0, 1, 4, 1005, 1009, 1010, 11, 1014, 1015]
     assert recorder.rows(layer=1) == recorder.rows(layer=2) == recorder.rows(layer=0)
@@ -418,7 +423,7 @@ def test_encoder_rows_replace_the_rows_of_their_span_and_no_others() -> None:
 
 def test_added_rows_enter_after_their_layer_and_are_zero_for_text() -> None:
     recorder = Recorder()
-    recorder.recompute([sequence(10, [Run(2, 5), Run(6, 8)], [levels_of(3, 4, 2)])])
+    recorder.recompute([sequence(10, [Run(2, 5), Run(6, 8)], [levels_of(2, Run(3, 7))])])
     before = [2, 1003, 1004, 1006, 7]
     after_layer_0 = [2, 1003 + 1003e4, 1004 + 1004e4, 1006 + 1006e4, 7]
     # fp32 holds each sum below exactly or rounds it as the additions of the pass do, one by one.
@@ -426,24 +431,33 @@ def test_added_rows_enter_after_their_layer_and_are_zero_for_text() -> None:
     assert [recorder.rows(layer) for layer in range(3)] == [before, after_layer_0, after_layer_1]
 
 
+def test_encoder_rows_of_frames_pass_over_the_text_between_them() -> None:
+    recorder = Recorder()
+    frames = levels_of(1, Run(3, 5), Run(7, 8), Run(10, 13))
+    recorder.recompute([sequence(16, [Run(2, 6), Run(7, 9), Run(11, 15)], [frames])], max_tokens=5)
+    assert recorder.rows(layer=0) == [2, 1003, 1004, 5, 1007, 8, 1011, 1012, 13, 14]
+    added = [row * 1e4 if row > 1000 else 0 for row in recorder.rows(layer=0)]
+    assert recorder.rows(layer=1) == [row + more for row, more in zip(recorder.rows(layer=0), added, strict=True)]
+
+
 def test_a_pass_of_text_adds_nothing_although_others_do() -> None:
     recorder = Recorder()
-    recorder.recompute([sequence(8, [Run(0, 8)], [levels_of(4, 4, 1)])], max_tokens=4)
+    recorder.recompute([sequence(8, [Run(0, 8)], [levels_of(1, Run(4, 8))])], max_tokens=4)
     assert recorder.rows(layer=1)[:4] == [0, 1, 2, 3]
     assert recorder.rows(layer=1)[4:] == [n + n * 1e4 for n in (1004, 1005, 1006, 1007)]
 
 
 def test_a_span_cut_by_passes_and_runs_still_gets_its_own_rows() -> None:
     recorder = Recorder()
-    recorder.recompute([sequence(12, [Run(1, 5), Run(7, 12)], [levels_of(2, 8, 0)])], max_tokens=3)
+    recorder.recompute([sequence(12, [Run(1, 5), Run(7, 12)], [levels_of(0, Run(2, 10))])], max_tokens=3)
     assert recorder.rows(layer=0) == [1, 1002, 1003, 1004, 1007, 1008, 1009, 10, 11]
 
 
 def test_encoder_rows_of_another_dtype_are_converted() -> None:
     recorder = Recorder()
-    offset, rows = levels_of(0, 2, 1)
-    halved = rows.clamp(max=2048).half()
-    recorder.recompute([sequence(3, [Run(0, 3)], [(offset, halved)])])
+    output = levels_of(1, Run(0, 2))
+    halved = replace(output, rows=output.rows.clamp(max=2048).half())
+    recorder.recompute([sequence(3, [Run(0, 3)], [halved])])
     assert recorder.rows(layer=0) == [1000, 1001, 2]
     assert all(hidden.dtype == torch.float32 for _, _, hidden in recorder.calls)
 
@@ -464,8 +478,8 @@ def test_layers_run_in_order_once_per_pass() -> None:
 def test_several_requests_share_one_pass_and_keep_their_own_rows() -> None:
     recorder = Recorder()
     one, other = (
-        sequence(6, [Run(0, 2), Run(4, 6)], [levels_of(4, 2, 0)]),
-        sequence(5, [Run(3, 5)], [levels_of(3, 1, 0)]),
+        sequence(6, [Run(0, 2), Run(4, 6)], [levels_of(0, Run(4, 6))]),
+        sequence(5, [Run(3, 5)], [levels_of(0, Run(3, 4))]),
     )
     assert recorder.recompute([one, other]) == 1
     assert [row.request for row in recorder.batches[0].rows] == [0, 0, 1]

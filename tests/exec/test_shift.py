@@ -19,6 +19,7 @@ from vlcache_connector.exec.content import MAX_FITTED
 from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.exec.recompute import FreshKV, Queries
 from vlcache_connector.exec.rope import Rope
+from vlcache_connector.exec.sequence import EncoderOutput
 from vlcache_connector.exec.shift import SpanShift
 from vlcache_connector.exec.stored import StoredSpan
 from vlcache_connector.types import Run
@@ -279,7 +280,7 @@ def request_of(seed: int, block_ids: list[int]) -> Request:
         torch.zeros(OFFSET + LENGTH, dtype=torch.int64),
         torch.randint(0, 50, (3, OFFSET + LENGTH), generator=generator),
         block_ids,
-        [(OFFSET, torch.randn(LENGTH, WIDTH * (1 + LEVELS), generator=generator))],
+        [EncoderOutput([Run(OFFSET, OFFSET + LENGTH)], torch.randn(LENGTH, WIDTH * (1 + LEVELS), generator=generator))],
     )
 
 

@@ -15,12 +15,13 @@ from soak.rows import read_rows, write_rows
 from vlcache_connector.engine.attention import AttentionContexts
 from vlcache_connector.engine.kv_worker import VLCacheWorker, _paged_layer
 from vlcache_connector.engine.metadata import SpanLoad
+from vlcache_connector.engine.piece_loader import encoder_output
 from vlcache_connector.exec.batch import PassLimits
 from vlcache_connector.exec.model import Prompt
 from vlcache_connector.exec.pages import Pages
 from vlcache_connector.exec.recompute import Recompute
 from vlcache_connector.exec.rope import position_delta
-from vlcache_connector.exec.sequence import SequenceInput
+from vlcache_connector.exec.sequence import EncoderOutput, SequenceInput
 from vlcache_connector.exec.stored import StoredSpan
 from vlcache_connector.exec.transfer import load_runs
 from vlcache_connector.types import Run
@@ -87,7 +88,7 @@ class Replay:
                 shifted[span.run] = StoredSpan(self._pages, stack.rope, span.offset, entry, delta, span.reused)
             else:
                 load_runs(self._pages, stack.rope, entry, span.offset, delta, span.reused, self._blocks)
-        embeddings = [(s.offset, slab.embedding(s.embedding, s.length)) for s in job.spans]
+        embeddings = [encoder_output(slab, job.prompt, span.offset, span.embedding) for span in job.spans]
         for runs in [job.recomputed] if max_run is None else [(run,) for run in _cut(job.recomputed, max_run)]:
             self._compute(job.prompt, positions, runs, embeddings, shifted)
         errors = [span.error for span in shifted.values() if span.error is not None]
@@ -109,7 +110,8 @@ class Replay:
             before = Run(0, covered)
             write_rows(self._pages, self._blocks, before, read_rows(self._worker._pages, block_ids, before))
         positions = self._worker._stack.positions(prompt)
-        self._compute(prompt, positions, (Run(covered, len(prompt.token_ids)),), list(embeddings))
+        outputs = [EncoderOutput((Run(offset, offset + len(rows)),), rows) for offset, rows in embeddings]
+        self._compute(prompt, positions, (Run(covered, len(prompt.token_ids)),), outputs)
         hidden, residual = self._stack.last
         stack: Any = self._worker._stack
         normed, _ = stack._decoder.norm(hidden[-1:], residual[-1:])
@@ -121,7 +123,7 @@ class Replay:
         prompt: Prompt,
         positions: torch.Tensor,
         runs: Sequence[Run],
-        embeddings: list[tuple[int, torch.Tensor]],
+        embeddings: list[EncoderOutput],
         shifted: Mapping[Run, StoredSpan] | None = None,
     ) -> None:
         token_ids, spans = torch.tensor(prompt.token_ids, dtype=torch.int64), shifted or {}

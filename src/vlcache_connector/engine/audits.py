@@ -180,7 +180,7 @@ class Audits:
         found: list[tuple[HostEntry | None, HostEntry]] = []
         for span in waiting.spans:
             kv, embedding = index.get(span.kv_key) if span in planned else None, index.get(span.embedding_key)
-            if embedding is None or embedding.num_tokens != span.length:
+            if embedding is None or embedding.num_tokens != span.num_embedded:
                 return None
             if span in planned and (kv is None or kv.num_tokens != span.length):
                 return None
@@ -275,5 +275,5 @@ def _job(
         measure=plan.measure,
         question=Run(plan.end, end) if plan.measure is Measure.ATTENTION and end > plan.end else None,
     )
-    others = tuple((span.offset, span.length, embedding.extent) for span, (_, embedding) in found.items())
+    others = tuple((span.offset, embedding.extent) for span, (_, embedding) in found.items())
     return AuditJob(piece, others, waiting.request_id)

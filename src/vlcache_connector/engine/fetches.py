@@ -73,8 +73,7 @@ class Fetches:
         self._tiers.pop(request_id, None)
 
     def _is_held(self, span: Span) -> bool:
-        keys = (span.kv_key, span.embedding_key)
-        return all(self._session.is_held(key, span.length) for key in keys)
+        return all(self._session.is_held(key, num_tokens) for _, key, num_tokens in span.entries)
 
     def _wait_for_answer(self, request_id: str, wanted: list[Wanted]) -> bool:
         """Whether a shared tier is being asked for one of these entries and the request should wait for its answer."""
@@ -122,7 +121,7 @@ class Fetches:
 
 def _wanted(spans: Iterable[Span], salt: str | None) -> list[Wanted]:
     return [
-        (key, span.length, entry_class(kind, span.modality, salt))
+        (key, num_tokens, entry_class(kind, span.modality, salt))
         for span in spans
-        for key, kind in ((span.kv_key, "kv"), (span.embedding_key, "embedding"))
+        for kind, key, num_tokens in span.entries
     ]

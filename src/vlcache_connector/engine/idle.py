@@ -96,7 +96,7 @@ class CompileQueue:
         session, span, pool = self._session, waiting.span, self._pool
         embedding = session.index.get(span.embedding_key)
         num_blocks = -(-span.end // self._block_size)
-        if pool is None or embedding is None or embedding.num_tokens != span.length:
+        if pool is None or embedding is None or embedding.num_tokens != span.num_embedded:
             return None
         if session.index.holds(span.kv_key) or pool.get_num_free_blocks() < num_blocks:
             return None

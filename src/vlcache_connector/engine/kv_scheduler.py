@@ -243,8 +243,8 @@ class VLCacheScheduler:
         return plan
 
     def _is_available(self, span: Span) -> bool:
-        kv, embedding = self._session.index.get(span.kv_key), self._session.index.get(span.embedding_key)
-        return kv is not None and embedding is not None and kv.num_tokens == embedding.num_tokens == span.length
+        found = ((self._session.index.get(key), num_tokens) for _, key, num_tokens in span.entries)
+        return all(entry is not None and entry.num_tokens == num_tokens for entry, num_tokens in found)
 
     def _loaded(self, state: RequestState, plan: ReusePlan, lent: Lent, error: str | None) -> None:
         """All ranks carried out a plan, or one of them could not."""
@@ -280,12 +280,10 @@ class VLCacheScheduler:
             return
         state.is_traced = True
         for span in state.spans:
-            wanted = [("embedding", span.embedding_key, session.layout.embedding_nbytes(span.length))]
-            if state.options.mode is Mode.REUSE:
-                wanted.append(("kv", span.kv_key, session.layout.kv_nbytes(span.length)))
-            for kind, key, nbytes in wanted:
-                is_hit = session.index.get(key) is not None
-                session.looked_up(key, nbytes, span.length, state.entry_class(kind, span), is_hit)
+            for kind, key, num_tokens in span.entries:
+                if kind == "embedding" or state.options.mode is Mode.REUSE:
+                    nbytes, is_hit = session.layout.nbytes(kind, num_tokens), session.index.get(key) is not None
+                    session.looked_up(key, nbytes, num_tokens, state.entry_class(kind, span), is_hit)
 
     def _count_decline(self, state: RequestState) -> None:
         reason = state.plan

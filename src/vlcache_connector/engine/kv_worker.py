@@ -25,7 +25,7 @@ from vlcache_connector.engine.metadata import (
     VLCacheMetadata,
 )
 from vlcache_connector.engine.models import family_of
-from vlcache_connector.engine.piece_loader import PieceLoader, shifts
+from vlcache_connector.engine.piece_loader import PieceLoader, encoder_output, shifts
 from vlcache_connector.engine.session import WorkerSession
 from vlcache_connector.exec.audit import audit
 from vlcache_connector.exec.batch import PassLimits
@@ -185,10 +185,10 @@ class VLCacheWorker:
 
     def _compile(self, job: CompileJob) -> None:
         positions = self._stack.positions(job.prompt)
-        embedding = self._session.slab.embedding(job.embedding, len(job.run))
+        embedding = encoder_output(self._session.slab, job.prompt, job.run.start, job.embedding)
         token_ids = torch.tensor(job.prompt.token_ids, dtype=torch.int64)
         everything = (Run(0, job.run.end),)
-        self._run_passes([SequenceInput(token_ids, positions, job.block_ids, everything, [(job.run.start, embedding)])])
+        self._run_passes([SequenceInput(token_ids, positions, job.block_ids, everything, [embedding])])
         self._store(job.run, job.block_ids, positions, job)
         self._session.counters.add("compiled_entries")
 
@@ -197,7 +197,7 @@ class VLCacheWorker:
         assert self._pages is not None and self._recompute is not None and self._loader is not None
         piece, slab = job.piece, self._session.slab
         sequence = self._load(piece)
-        others = [(offset, slab.embedding(extent, length)) for offset, length, extent in job.embeddings]
+        others = [encoder_output(slab, piece.prompt, offset, extent) for offset, extent in job.embeddings]
         sequence = replace(sequence, embeddings=[*sequence.embeddings, *others])
         try:
             reused = [run for span in piece.spans for run in span.reused]

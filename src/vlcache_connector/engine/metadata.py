@@ -80,7 +80,7 @@ class AuditJob:
     """Compute a prompt with reuse and without, in scratch blocks, and compare. Only in idle steps."""
 
     piece: ReusePiece  # covers the whole prompt; its request is nobody's
-    embeddings: tuple[tuple[int, int, Extent], ...]  # offset, length and encoder output of media that are not reused
+    embeddings: tuple[tuple[int, Extent], ...]  # offset and encoder output of media that are not reused
     request_id: str  # whose prompt this was
 
     @property
@@ -94,7 +94,7 @@ class EmbeddingJob:
 
     job_id: int
     identifier: str
-    num_tokens: int
+    num_tokens: int  # rows
     extent: Extent
     request_id: str
     index: int  # of the media item in its request

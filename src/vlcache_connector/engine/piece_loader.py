@@ -7,14 +7,15 @@ from vllm.logger import init_logger
 
 from vlcache_connector.engine.metadata import ReusePiece, SpanLoad
 from vlcache_connector.engine.session import WorkerSession
-from vlcache_connector.exec.model import LayerStack
+from vlcache_connector.exec.model import LayerStack, Prompt
 from vlcache_connector.exec.narrow import Narrowed
 from vlcache_connector.exec.pages import Pages
 from vlcache_connector.exec.rope import position_delta
-from vlcache_connector.exec.sequence import SequenceInput
+from vlcache_connector.exec.sequence import EncoderOutput, SequenceInput
 from vlcache_connector.exec.stored import StoredSpan
 from vlcache_connector.exec.transfer import load_runs
-from vlcache_connector.types import Run
+from vlcache_connector.store.slab import Slab
+from vlcache_connector.types import Extent, Run
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -46,7 +47,7 @@ class PieceLoader:
         try:
             positions = self._positions_of(piece)
             slab = self._session.slab
-            embeddings = [(s.offset, slab.embedding(s.embedding, s.length)) for s in piece.spans]
+            embeddings = [encoder_output(slab, piece.prompt, span.offset, span.embedding) for span in piece.spans]
         except Exception as error:
             logger.exception("VLCache: request %s could not be prepared", piece.request_id)
             anywhere = torch.zeros(3, len(piece.prompt.token_ids), dtype=torch.int64)
@@ -89,6 +90,12 @@ class PieceLoader:
         return position_delta(
             self._session.slab.positions(span.kv, span.length), positions[:, span.run.start : span.run.end]
         )
+
+
+def encoder_output(slab: Slab, prompt: Prompt, offset: int, extent: Extent) -> EncoderOutput:
+    """What is stored at `extent` of the prompt's media item that begins at `offset`."""
+    media = prompt.item(offset)
+    return EncoderOutput(media.embedded, slab.embedding(extent, media.num_embedded))
 
 
 def shifts(piece: ReusePiece, span: SpanLoad) -> bool:

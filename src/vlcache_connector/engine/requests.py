@@ -1,5 +1,6 @@
 """What the scheduler side remembers of each request, and how that is read off vLLM's request object."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vlcache_connector.config import Options, RequestOptions
 from vlcache_connector.engine.debug import LoadRecord
 from vlcache_connector.engine.namespace import Chain
-from vlcache_connector.engine.support import feature_reason, request_reason
+from vlcache_connector.engine.support import feature_reason, frames_of, request_reason
 from vlcache_connector.errors import OptionError
 from vlcache_connector.exec.model import Media, Prompt
 from vlcache_connector.plan.costs import Estimate
@@ -176,9 +177,9 @@ def _find_spans(state: RequestState, keys: KeySpace, trust_client_uuids: bool) -
             state.declined = None if spans else reason
             break
         item, name = _media_of(feature), (feature.modality, feature.identifier, salt)
-        spans.append(
-            Span(item.offset, item.length, keys.kv(*name, item.places), keys.embedding(*name), feature.modality)
-        )
+        kv_key = keys.kv(*name, _form_of(item, state.request.prompt_token_ids or []))
+        num_text = item.length - item.num_embedded
+        spans.append(Span(item.offset, item.length, kv_key, keys.embedding(*name), feature.modality, num_text))
         media.append(item)
     state.spans, state.media = tuple(spans), tuple(media)
 
@@ -193,7 +194,19 @@ def _media_of(feature: "MultiModalFeatureSpec") -> Media:
         tuple(data[f"{feature.modality}_grid_thw"].data.tolist()),
         feature.modality,
         float(seconds.data) if seconds is not None else None,
+        frames_of(feature) or (),
     )
+
+
+def _form_of(item: Media, token_ids: Sequence[int]) -> str:
+    """How an item became tokens: where they lie among themselves and, where text stands between its frames, that text
+    and its places.
+    """
+    if not item.frames:
+        return item.places
+    text = array("q", token_ids[item.offset : item.offset + item.length]).tobytes()
+    frames = array("q", [edge for frame in item.frames for edge in (frame.start, frame.end)]).tobytes()
+    return f"{item.places} {digest(text, frames).hex()}"
 
 
 def wants_embeddings(request: "Request", engine: Options) -> bool:

@@ -34,7 +34,9 @@ class SavePlanner:
             number = state.first_unsaved
             state.first_unsaved += 1
             span = state.spans[number]
-            if self._session.unsupported is not None or state.declined is not None or span.end <= state.num_local:
+            # With all its frames in vLLM's prefix cache, nobody asked for its encoder output, and it may be gone.
+            is_cached = state.media[number].embedded[-1].end <= state.num_local
+            if is_cached or self._session.unsupported is not None or state.declined is not None:
                 continue
             if self._session.index.holds(span.kv_key):
                 continue
@@ -65,8 +67,8 @@ class SavePlanner:
         session, span = self._session, state.spans[number]
         if session.index.holds(span.embedding_key) or span.embedding_key in session.wanted_embeddings:
             return
-        nbytes = session.layout.embedding_nbytes(span.length)
-        entry = session.reserve(span.embedding_key, nbytes, span.length, state.entry_class("embedding", span))
+        nbytes = session.layout.embedding_nbytes(span.num_embedded)
+        entry = session.reserve(span.embedding_key, nbytes, span.num_embedded, state.entry_class("embedding", span))
         if entry is None:
             return
         features = state.request.mm_features
@@ -74,5 +76,5 @@ class SavePlanner:
         job_id = session.new_job(written=entry)
         identifier = features[at].identifier
         metadata.embeddings.append(
-            EmbeddingJob(job_id, identifier, span.length, entry.extent, state.request.request_id, at)
+            EmbeddingJob(job_id, identifier, span.num_embedded, entry.extent, state.request.request_id, at)
         )

@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vlcache_connector.engine.encoder_flag import encoder_reason
 from vlcache_connector.engine.models import FAMILIES
 from vlcache_connector.plan.keys import is_content_hash
-from vlcache_connector.types import MODALITIES, Reason
+from vlcache_connector.types import MODALITIES, Reason, Run
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -102,8 +102,23 @@ def feature_reason(feature: "MultiModalFeatureSpec", trust_client_uuids: bool) -
         return Reason.MODALITY
     if data is None or f"{feature.modality}_embeds" in data or f"{feature.modality}_grid_thw" not in data:
         return Reason.EMBEDDING_INPUT
-    if feature.mm_position.get_num_embeds() != feature.mm_position.length:
+    if frames_of(feature) is None:
         return Reason.SPARSE_PLACEHOLDER
     if not trust_client_uuids and not is_content_hash(feature.identifier):
         return Reason.CLIENT_UUID
     return None
+
+
+def frames_of(feature: "MultiModalFeatureSpec") -> tuple[Run, ...] | None:
+    """Which tokens of a media item have encoder output, counted from its first one: empty where all of them have; of a
+    video with text between its frames, as Qwen3-VL writes it, one run for each step in time, all of one length. None
+    where they lie in another way.
+    """
+    place, data = feature.mm_position, feature.data
+    if place.get_num_embeds() == place.length:
+        return ()
+    if feature.modality != "video" or data is None:
+        return None
+    runs = tuple(Run(first - place.offset, last + 1 - place.offset) for first, last in place.extract_embeds_range())
+    (num_steps, *_) = data["video_grid_thw"].data.tolist()
+    return runs if len(runs) == num_steps and len({len(run) for run in runs}) == 1 else None

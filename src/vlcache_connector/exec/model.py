@@ -7,17 +7,30 @@ from typing import Protocol
 import torch
 
 from vlcache_connector.exec.rope import Rope
+from vlcache_connector.types import Run
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """One media item of a prompt, as far as positions depend on it."""
+    """One media item of a prompt, as far as positions and inputs of its tokens depend on it."""
 
     offset: int
     length: int
     grid: tuple[int, int, int]  # patches in time, height, width, before the encoder merges them
     modality: str = "image"
     seconds: float | None = None  # between two steps of a video's grid; None: what the model takes for granted
+    frames: tuple[Run, ...] = ()  # its tokens with encoder output, counted from the first; empty: all of them
+
+    @property
+    def embedded(self) -> tuple[Run, ...]:
+        """Positions in the prompt of the tokens that take one row each of the encoder's output, in order."""
+        frames = self.frames or (Run(0, self.length),)
+        return tuple(Run(self.offset + frame.start, self.offset + frame.end) for frame in frames)
+
+    @property
+    def num_embedded(self) -> int:
+        """Rows of its encoder output."""
+        return sum(map(len, self.embedded))
 
     @property
     def places(self) -> str:
@@ -31,6 +44,10 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     media: tuple[Media, ...]
+
+    def item(self, offset: int) -> Media:
+        """The media item that begins at a token."""
+        return next(media for media in self.media if media.offset == offset)
 
 
 class LayerStack(Protocol):
@@ -49,7 +66,7 @@ class LayerStack(Protocol):
         ...
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Input rows [n, hidden] of text tokens [n], a tensor that the caller may write to."""
+        """Input rows [n, hidden] of tokens [n] as if all were text, a tensor that the caller may write to."""
         ...
 
     def split_embedding(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:

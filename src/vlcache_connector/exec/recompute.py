@@ -12,11 +12,10 @@ import torch
 
 from vlcache_connector.exec.batch import PassLimits, Row, VirtualBatch, build_batch, split_passes
 from vlcache_connector.exec.model import LayerStack
-from vlcache_connector.exec.narrow import Total, kept_at, rows_within
+from vlcache_connector.exec.narrow import Total, kept_at
 from vlcache_connector.exec.question import Look, rows_of
 from vlcache_connector.exec.sequence import SequenceInput, parts_of
 from vlcache_connector.exec.spans import Looked, PassSpans
-from vlcache_connector.types import Run
 
 FreshKV = Callable[[int, torch.Tensor, torch.Tensor], None]
 """(layer, keys [rows, heads, dim], values) -> None: called when a layer has written its KV, before attention reads."""
@@ -142,11 +141,11 @@ class Recompute:
         hidden = self._stack.embed(ids.to(self._device))
         added: list[torch.Tensor] = []
         for number in batch.requests.unique().tolist():
-            for offset, embedding in sequences[number].embeddings:
-                where = rows_within(batch, number, Run(offset, offset + len(embedding)))
+            for output in sequences[number].embeddings:
+                where, of_token = output.within(batch, number)
                 if not len(where):
                     continue
-                pieces = self._stack.split_embedding(embedding[batch.positions[where] - offset].to(self._device))
+                pieces = self._stack.split_embedding(output.rows[of_token].to(self._device))
                 where = where.to(self._device)
                 hidden[where] = pieces[0].to(hidden.dtype)
                 if len(pieces) > 1 and not added:

@@ -7,9 +7,31 @@ from itertools import groupby
 import torch
 
 from vlcache_connector.exec.batch import Row, VirtualBatch, positions_of
-from vlcache_connector.exec.narrow import Narrowed
+from vlcache_connector.exec.narrow import Narrowed, rows_within
 from vlcache_connector.exec.stored import StoredSpan
 from vlcache_connector.types import Run
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderOutput:
+    """Of one media item of a request: a row for each token of `runs`, which are several where text stands between."""
+
+    runs: Sequence[Run]  # in order
+    rows: torch.Tensor  # [tokens, width]
+
+    def within(self, batch: VirtualBatch, request: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where in a pass the tokens of a request are that have a row, and the number of each one's row: int64."""
+        first = self.runs[0].start
+        where = rows_within(batch, request, Run(first, self.runs[-1].end))
+        positions = batch.positions[where]
+        if len(self.runs) == 1:
+            return where, positions - first
+        starts = torch.tensor([run.start for run in self.runs])
+        lengths = torch.tensor([len(run) for run in self.runs])
+        run = torch.searchsorted(starts, positions, right=True) - 1
+        inside = positions - starts[run]
+        has_row = inside < lengths[run]
+        return where[has_row], ((lengths.cumsum(0) - lengths)[run] + inside)[has_row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +42,7 @@ class SequenceInput:
     positions: torch.Tensor  # [3, tokens] int64, on the CPU
     block_ids: Sequence[int]
     runs: Sequence[Run]  # what to compute, in order
-    embeddings: Sequence[tuple[int, torch.Tensor]]  # (offset of a span, its encoder output [length, width])
+    embeddings: Sequence[EncoderOutput]
     whole: Sequence[Run] = ()  # whose runs stay in one pass where possible
     narrowed: Sequence[Narrowed] = ()  # those of `whole` of which deeper layers recompute less
     question: Run | None = None  # tokens behind all spans that say what of `narrowed` to go on with

@@ -69,11 +69,11 @@ class KeySpace:
     def forget(self) -> None:
         self.epoch = secrets.token_bytes(16)
 
-    def kv(self, modality: str, identifier: str, salt: str | None, places: str) -> bytes:
-        """`places`: what the positions of the item's tokens among themselves follow from. The same frames may be shown
-        at another speed.
+    def kv(self, modality: str, identifier: str, salt: str | None, form: str) -> bytes:
+        """`form`: how the item's content became tokens. The same frames may be shown at another speed, or with other
+        text between them.
         """
-        return self._key(b"kv", self.kv_facts, salt, modality, identifier, places)
+        return self._key(b"kv", self.kv_facts, salt, modality, identifier, form)
 
     def embedding(self, modality: str, identifier: str, salt: str | None) -> bytes:
         return self._key(b"embedding", self.embedding_facts, salt, modality, identifier)

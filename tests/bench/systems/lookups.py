@@ -197,5 +197,5 @@ class Asking:
         tokens: list[int] = []
         for part in parts:
             tokens += [IMAGE_TOKEN] * part.num_tokens if isinstance(part, Image) else [part]
-        truth = Truth(f"asked-{self._number}", tuple(tokens), (), (), len(tokens), None, None)
+        truth = Truth(f"asked-{self._number}", tuple(tokens), (), (), len(tokens), None, None, {})
         return request_of(Ask(parts, ratio=0.02, policy="shifted"), truth, self._engine._hasher)
