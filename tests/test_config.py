@@ -102,7 +102,7 @@ def test_an_empty_configuration_gives_the_documented_defaults() -> None:
         "entry_context": "first",
         "audit_fraction": 0.0,
         "audit_kl": 0.1,
-        "attention": "engine",
+        "attention": "auto",
         "trust_client_uuids": False,
         "eviction": "lru",
         "quotas": {},
