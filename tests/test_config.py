@@ -50,7 +50,7 @@ OPTIONS: dict[str, tuple[list[Any], list[Any], str]] = {
     "snapshot_mib_s": ([1, 200.0], [0, -1, NAN, INF, True, None, "60"], "above 0"),
     "audit_fraction": ([0, 1, 0.01], [-0.01, 1.01, NAN, INF, True, "0.1", None], "from 0 to 1"),
     "audit_kl": ([0.1, 1, 1e-6], [0, -1, NAN, INF, True, None, "0.1"], "above 0"),
-    "attention": (["engine", "vlcache", "xformers"], ["", "flash", None, 1, ["engine"]], "one of"),
+    "attention": (["auto", "engine", "vlcache", "xformers"], ["", "flash", None, 1, ["engine"]], "one of"),
     "entry_context": (["first", "alone"], ["", "template", None, True, ["first"]], "alone"),
     "min_reuse_tokens": ([1, 64, 10**6], [0, -1, 1.0, 64.5, NAN, INF, True, False, "64", None, [1]], "from 1"),
     "trust_client_uuids": ([True, False], [0, 1, "true", None, [], 1.0], "true or false"),

@@ -10,6 +10,7 @@ repeated; ratios are taken within a repeat, so that a slow moment of the machine
     same work n %   mode "off", the same prompt with text behind it, so that vLLM computes exactly as many tokens as in
                     "reuse n %" it and the connector compute together; all others are in its prefix cache
     reuse n %       caches empty again, KV and encoder output from the connector's entries, n % of them recomputed
+    layered 5 %     the same, with twice the share in the first layer, ever less in deeper ones and nothing in the last
 
 "Same work" is about the floor of reuse: what it takes to compute its tokens, if all others came back for nothing. So
 "same work / exact hit" is what the targets would have to allow, and "reuse / same work" what the connector costs beyond
@@ -40,6 +41,7 @@ from bench.ttft_report import (
     EXACT,
     FLOOR_PERCENTS,
     FULL,
+    LAYERED,
     PERCENTS,
     Case,
     Repeat,
@@ -61,7 +63,7 @@ CASES = [
     Case("2 images, 8.2k", (("china", 64, 64), ("flower", 64, 64))),
 ]
 QUICK_CASES = 2
-MODEL = {"hidden": 1024, "layers": 12, "vision_hidden": 512, "vision_depth": 8, "max_pixels": 6_500_000}
+MODEL: dict[str, int] = {"hidden": 1024, "layers": 12, "vision_hidden": 512, "vision_depth": 8, "max_pixels": 6_500_000}
 ENGINE = {
     "max_model_len": 16384,
     "max_num_batched_tokens": 16384,
@@ -72,6 +74,8 @@ ENGINE = {
 }
 OPENING = "These pictures come behind words that were never in front of them before, and that is all that is new. "
 MORE = "more words, which nobody has to read, stand at the end of it, and they go on for as long as it takes. "
+LAYERS: int = MODEL["layers"]
+SHARES = [0.1 * (LAYERS - 1 - layer) / (LAYERS - 1) for layer in range(LAYERS)]  # of "layered": 5 % on average
 ROUNDED_UP = 4  # recomputed tokens of a prompt beyond its percentage: a part of one for each picture
 
 
@@ -88,12 +92,13 @@ def learn(engine: Engine, images: list[Any]) -> dict[int, int]:
     engine.forget()
     for image in images:
         engine.ask(prompt_of([image], ""), [image], {"mode": "exact"})
-    return {percent: num_computed(ask_reuse(engine, images, percent)) for percent in PERCENTS}
+    ask_reuse(engine, images, SHARES)
+    return {percent: num_computed(ask_reuse(engine, images, percent / 100)) for percent in PERCENTS}
 
 
-def ask_reuse(engine: Engine, images: list[Any], percent: int) -> Measured:
+def ask_reuse(engine: Engine, images: list[Any], ratio: float | list[float]) -> Measured:
     engine.forget()
-    return engine.ask(prompt_of(images, OPENING), images, {"mode": "reuse", "recompute_ratio": percent / 100})
+    return engine.ask(prompt_of(images, OPENING), images, {"mode": "reuse", "recompute_ratio": ratio})
 
 
 def repeat_once(engine: Engine, images: list[Any], num_computed_by: Mapping[int, int]) -> Repeat:
@@ -107,7 +112,8 @@ def repeat_once(engine: Engine, images: list[Any], num_computed_by: Mapping[int,
         longer = engine.lengthened(text, f"{percent} {MORE}", num_computed_by[percent] - in_last_block)
         repeat[same_work(percent)] = engine.ask(longer, images, off)
     for percent in PERCENTS:
-        repeat[reuse(percent)] = ask_reuse(engine, images, percent)
+        repeat[reuse(percent)] = ask_reuse(engine, images, percent / 100)
+    repeat[LAYERED] = ask_reuse(engine, images, SHARES)
     require_meaning(repeat)
     return repeat
 
@@ -127,6 +133,8 @@ def require_meaning(repeat: Repeat) -> None:
         num_recomputed = most_reused - one.accounting["reused_tokens"]
         if one.encoder_runs > 0 or not 0 <= num_recomputed - percent / 100 * most_reused <= ROUNDED_UP:
             raise VariantError(f"{num_recomputed} tokens of pictures were recomputed, wanted {percent} %: {one}")
+    if repeat[LAYERED].encoder_runs > 0 or repeat[LAYERED].accounting["reused_tokens"] < 0.8 * most_reused:
+        raise VariantError(f"nothing, or little, was reused: {repeat[LAYERED]}")
     for percent in FLOOR_PERCENTS:
         one, ours = repeat[same_work(percent)], repeat[reuse(percent)]
         num_tokens = one.num_prompt_tokens - one.accounting["prefix_cached_tokens"]

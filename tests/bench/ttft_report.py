@@ -11,7 +11,7 @@ from bench.engine import Measured
 from bench.photos import Name
 from bench.results import table
 
-FULL, EXACT = "full", "exact hit"
+FULL, EXACT, LAYERED = "full", "exact hit", "layered 5 %"
 PERCENTS = (0, 2, 5, 10)  # of a picture's tokens that reuse recomputes
 FLOOR_PERCENTS = (2, 5)  # those for which the engine alone does the same work
 
@@ -24,7 +24,7 @@ def same_work(percent: int) -> str:
     return f"same work {percent} %"
 
 
-VARIANTS = (FULL, EXACT, *map(reuse, PERCENTS), *map(same_work, FLOOR_PERCENTS))
+VARIANTS = (FULL, EXACT, *map(reuse, PERCENTS), LAYERED, *map(same_work, FLOOR_PERCENTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,9 @@ SOONER = {percent: Ratio(FULL, reuse(percent)) for percent in PERCENTS}
 LATER = {percent: Ratio(reuse(percent), EXACT) for percent in PERCENTS}
 FLOOR = {percent: Ratio(same_work(percent), EXACT) for percent in FLOOR_PERCENTS}
 BEYOND_FLOOR = {percent: Ratio(reuse(percent), same_work(percent)) for percent in FLOOR_PERCENTS}
+SHARED_OUT = [Ratio(LAYERED, EXACT), Ratio(LAYERED, reuse(5))]
 WALL = [Ratio(FULL, reuse(5), is_wall=True), Ratio(reuse(5), EXACT, is_wall=True)]
-RATIOS = [*SOONER.values(), *LATER.values(), *FLOOR.values(), *BEYOND_FLOOR.values(), *WALL]
+RATIOS = [*SOONER.values(), *LATER.values(), *FLOOR.values(), *BEYOND_FLOOR.values(), *SHARED_OUT, *WALL]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,8 @@ def print_results(results: Results) -> None:
     _print_ratios(results, SOONER.values())
     print()
     _print_ratios(results, LATER.values())
+    print("\nAs many tokens as 5 % of all layers, most in the first and none in the last")
+    _print_ratios(results, SHARED_OUT)
     print("\nThe floor: what the engine alone takes for as many tokens at the end of the prompt, and reuse beside that")
     _print_ratios(results, [*FLOOR.values(), *BEYOND_FLOOR.values()])
     print("\nWall clock")
