@@ -14,13 +14,14 @@ import torch
 from exec import paged_rows, ridge
 from exec.test_pages import BLOCK_SIZE, DIM, HEADS, Layout, halves, transposed_keys
 from exec.test_recompute import LEVELS, NUM_LAYERS, WIDTH, Decoder, PagedStack, Request
+from vlcache_connector.exec import shift
 from vlcache_connector.exec.batch import VirtualBatch
 from vlcache_connector.exec.content import MAX_FITTED
 from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.exec.recompute import FreshKV, Queries
 from vlcache_connector.exec.rope import Rope
 from vlcache_connector.exec.sequence import EncoderOutput
-from vlcache_connector.exec.shift import SpanShift
+from vlcache_connector.exec.shift import NBYTES_AT_ONCE, SpanShift
 from vlcache_connector.exec.stored import StoredSpan
 from vlcache_connector.types import Run
 
@@ -30,6 +31,12 @@ LAYERS, FEATURE_LAYER = 4, 1
 EPS = torch.finfo(torch.float32).eps
 every_layout = pytest.mark.parametrize("layout", [halves(), transposed_keys()], ids=["halves", "transposed keys"])
 every_style = pytest.mark.parametrize("is_neox", [True, False], ids=["halves turn", "pairs turn"])
+
+
+@pytest.fixture(autouse=True, params=[NBYTES_AT_ONCE, 5 * 2 * HEADS * DIM * 4], ids=["at once", "5 tokens at once"])
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a layer is moved at once or in parts makes no difference."""
+    monkeypatch.setattr(shift, "NBYTES_AT_ONCE", request.param)
 
 
 def randn(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -14,6 +14,10 @@ from vlcache_connector.exec.content import MAX_FITTED, features, weights
 from vlcache_connector.exec.stored import Comparison, StoredSpan
 from vlcache_connector.kernels.ops import load_rows, shift_rows
 
+NBYTES_AT_ONCE = 2 * 2**20
+"""On a CPU a layer is moved in parts of so many bytes: what is added is written, read, and written and read again as a
+sum before it lies in the pages, and should stay in the caches meanwhile."""
+
 
 class SpanShift:
     """One span in one pass. Samples must be told by `take` before the first layer, and whenever they become others."""
@@ -26,11 +30,15 @@ class SpanShift:
         self._places = span.rope.places(positions[:, span.run.start : span.run.end], device)
         self._features = features(span.entry, device)
         self._samples: torch.Tensor | None = None
-        # One layer's keys and values on their way into the pages, and by how much they move: new memory for each would
-        # take as long as the rest.
-        shape, dtype = span.entry.shape[1:], span.entry.dtype
-        self._shifted = torch.empty(shape, dtype=dtype, device=device)
-        self._shift = torch.empty(shape[1], shape[0] * shape[2] * shape[3], dtype=dtype, device=device)
+        # Keys and values of a part of a layer on their way into the pages, and by how much they move: new memory for
+        # each layer would take as long as the rest.
+        (_, num_tokens, heads, dim), dtype = span.entry.shape[1:], span.entry.dtype
+        width = 2 * heads * dim
+        limit = NBYTES_AT_ONCE // (width * dtype.itemsize) if device.type == "cpu" else num_tokens
+        some = max(1, min(num_tokens, limit))
+        self._parts = [slice(first, min(first + some, num_tokens)) for first in range(0, num_tokens, some)]
+        self._shifted = torch.empty(2, some, heads, dim, dtype=dtype, device=device)
+        self._shift = torch.empty(some, width, dtype=dtype, device=device)
 
     def take(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
         """The samples from here on. `rows` [samples] int64: where they are in the pass; `tokens`: their positions. The
@@ -50,9 +58,12 @@ class SpanShift:
         span = self.span
         entry = span.entry[layer].to(span.pages.device, non_blocking=True)
         changes = self._comparison.changes(entry, keys, values).to(entry.dtype)
-        shift = torch.mm(self._weights, changes.flatten(1), out=self._shift)
-        by_token = shift.view(-1, *changes.shape[1:]).transpose(0, 1)
-        shift_rows(entry, by_token, self._places, turns=self._turns, is_neox=span.rope.is_neox, out=self._shifted)
-        caches = span.pages.caches[layer : layer + 1]
-        load_rows(self._shifted[None], caches, self._loaded_slots, span.pages.layout)
+        for part in self._parts:
+            count = part.stop - part.start
+            shift = torch.mm(self._weights[part], changes.flatten(1), out=self._shift[:count])
+            by_token, out = shift.view(-1, *changes.shape[1:]).transpose(0, 1), self._shifted[:, :count]
+            places = self._places[part]
+            shift_rows(entry[:, part], by_token, places, turns=self._turns, is_neox=span.rope.is_neox, out=out)
+            caches = span.pages.caches[layer : layer + 1]
+            load_rows(out[None], caches, self._loaded_slots[part], span.pages.layout)
         span.layers_loaded += 1
