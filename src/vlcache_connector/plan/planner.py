@@ -88,13 +88,17 @@ def _narrowings(
 
 
 def _absolute(runs: Sequence[Run], span: Span, window: Run) -> tuple[Run, ...]:
-    moved = (Run(span.offset + run.start, span.offset + run.end).intersect(window) for run in runs)
-    return tuple(run for run in moved if len(run))
+    moved = [Run(span.offset + run.start, span.offset + run.end) for run in runs]
+    if window == span.run:  # mostly: samples are many, and this runs between two steps of the engine
+        return tuple(moved)
+    return tuple(inside for run in moved if len(inside := run.intersect(window)))
 
 
 def _complement(parts: Sequence[SpanPlan], window: Run) -> tuple[Run, ...]:
     """What is recomputed, in the first layer at least."""
-    kept = (gaps(part.recomputed, part.span.run.intersect(window)) for part in parts)
+    kept = (
+        gaps(part.recomputed, part.span.run.intersect(window)) if part.narrowings else part.reused for part in parts
+    )
     return gaps([run for runs in kept for run in runs], window)
 
 
