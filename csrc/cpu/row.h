@@ -40,8 +40,8 @@ inline int64_t row_start(const Strides& strides, int64_t token, int64_t head) {
   return strides.origin + token * strides.token + head * strides.head;
 }
 
-// A row of a page: its elements side by side, or wherever the layout says. `streams`: what is copied from or to it goes
-// past the caches.
+// A row of a page: its elements side by side, or wherever the layout says. `streams`: what is put into it, and all of it in
+// an entry, goes past the caches.
 template <typename T>
 struct DenseRow {
   using Page = T;
@@ -52,7 +52,8 @@ struct DenseRow {
   DenseRow(const PageLayout& pages, T* block, int64_t kv, int64_t token, int64_t head, bool streams)
       : start(block + row_start(pages.halves[kv], token, head)), streams(streams) {}
 
-  void get(int64_t first, int64_t count, T* values) const { copy_elements(values, start + first, count, streams); }
+  void get(int64_t first, int64_t count, T* values) const { copy_elements(values, start + first, count, false); }
+  void get_all(int64_t count, T* to) const { copy_elements(to, start, count, streams); }
   void put(int64_t first, int64_t count, const T* values) const { copy_elements(start + first, values, count, streams); }
 };
 
@@ -76,6 +77,7 @@ struct ScatteredRow {
   void get(int64_t first, int64_t count, T* values) const {
     for (int64_t i = 0; i < count; ++i) values[i] = start[offset(first + i)];
   }
+  void get_all(int64_t count, T* to) const { get(0, count, to); }
   void put(int64_t first, int64_t count, const T* values) const {
     for (int64_t i = 0; i < count; ++i) start[offset(first + i)] = values[i];
   }
@@ -117,7 +119,7 @@ template <typename Row, typename Staged>
 inline void save_row(Row row, Staged* staged, int64_t dim, float scale) {
   using Page = typename Row::Page;
   if constexpr (std::is_same_v<Page, Staged>) {
-    row.get(0, dim, staged);
+    row.get_all(dim, staged);
   } else {
     Page values[kLanes];
     for_range(

@@ -64,10 +64,9 @@ class Replay:
         paged = [_paged_layer(name, cache, layer) for name, cache, layer in named]
         self._pages = Pages(paged, spec.block_size, spec.num_kv_heads, spec.head_size)
         self._blocks = tuple(range(1, num_blocks))
-        self._stack = _Listening(worker._stack)
         contexts = AttentionContexts(config, spec, worker._layer_names, self._pages, worker._session.options.attention)
         limits = PassLimits(config.scheduler_config.max_num_batched_tokens, contexts.max_rows)
-        self._pass = Recompute(self._stack, contexts, spec.block_size, limits, self._pages.device)
+        self._pass = Recompute(worker._stack, contexts, spec.block_size, limits, self._pages.device)
 
     def rows(self, job: Job, max_run: int | None = None) -> torch.Tensor:
         """Rows [layers, 2, tokens, ...] from `job.start` to its end; with `max_run`, in passes of so few tokens,
@@ -90,7 +89,8 @@ class Replay:
                 load_runs(self._pages, stack.rope, entry, span.offset, delta, span.reused, self._blocks)
         embeddings = [encoder_output(slab, job.prompt, span.offset, span.embedding) for span in job.spans]
         for runs in [job.recomputed] if max_run is None else [(run,) for run in _cut(job.recomputed, max_run)]:
-            self._compute(job.prompt, positions, runs, embeddings, shifted)
+            with self._in_place():
+                self._pass.run([self._sequence(job.prompt, positions, runs, embeddings, shifted)])
         errors = [span.error for span in shifted.values() if span.error is not None]
         assert not errors, errors
         return read_rows(self._pages, self._blocks, Run(job.start, job.end))
@@ -111,27 +111,23 @@ class Replay:
             write_rows(self._pages, self._blocks, before, read_rows(self._worker._pages, block_ids, before))
         positions = self._worker._stack.positions(prompt)
         outputs = [EncoderOutput((Run(offset, offset + len(rows)),), rows) for offset, rows in embeddings]
-        self._compute(prompt, positions, (Run(covered, len(prompt.token_ids)),), outputs)
-        hidden, residual = self._stack.last
-        stack: Any = self._worker._stack
-        normed, _ = stack._decoder.norm(hidden[-1:], residual[-1:])
-        top = stack._model.compute_logits(normed)[0].float().log_softmax(-1).topk(NUM_TOP)
+        sequence = self._sequence(prompt, positions, (Run(covered, len(prompt.token_ids)),), outputs)
+        with self._in_place():
+            logits = self._pass.last_logits(sequence)
+        assert logits is not None
+        top = logits.float().log_softmax(-1).topk(NUM_TOP)
         return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
-    def _compute(
+    def _sequence(
         self,
         prompt: Prompt,
         positions: torch.Tensor,
         runs: Sequence[Run],
         embeddings: list[EncoderOutput],
         shifted: Mapping[Run, StoredSpan] | None = None,
-    ) -> None:
+    ) -> SequenceInput:
         token_ids, spans = torch.tensor(prompt.token_ids, dtype=torch.int64), shifted or {}
-        sequence = SequenceInput(
-            token_ids, positions, self._blocks, runs, embeddings, whole=tuple(spans), shifted=spans
-        )
-        with self._in_place():
-            self._pass.run([sequence])
+        return SequenceInput(token_ids, positions, self._blocks, runs, embeddings, whole=tuple(spans), shifted=spans)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -144,21 +140,6 @@ class Replay:
         finally:
             for layer, cache in zip(self._layers, live, strict=True):
                 layer.kv_cache = cache
-
-
-class _Listening:
-    """A layer stack that keeps what its last call returned."""
-
-    def __init__(self, stack: Any) -> None:
-        self._stack = stack
-        self.last: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stack, name)
-
-    def run_layer(self, *args: Any) -> Any:
-        self.last = self._stack.run_layer(*args)
-        return self.last
 
 
 def _cut(runs: Sequence[Run], most: int) -> Iterator[Run]:

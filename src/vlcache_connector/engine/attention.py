@@ -124,18 +124,18 @@ def _own_attention(attention: str, layer: Any, pages: Pages) -> PassAttention | 
     """What computes attention besides the engine, by the value of the option. All of them know the scaled dot product
     with a causal mask and a soft cap, nothing else.
     """
-    if attention == "engine":
+    if attention == "engine" or (attention == "auto" and not SparseQueryAttention.is_faster(pages)):
         return None
     impl = layer.impl
     unknown = {
         "updates the KV cache inside attention": layer.get_attn_backend().forward_includes_kv_cache_update,
-        "uses ALiBi": impl.alibi_slopes is not None,
+        "uses ALiBi": getattr(impl, "alibi_slopes", None) is not None,
         "uses attention sinks": getattr(impl, "sinks", None) is not None,
         "quantises queries": layer.query_quant is not None,
     }
     found = next((what for what, applies in unknown.items() if applies), None)
     if attention == "auto":
-        return SparseQueryAttention(pages) if found is None and SparseQueryAttention.is_faster(pages) else None
+        return SparseQueryAttention(pages) if found is None else None
     if found is not None:
         raise OptionError(f"option 'attention' is {attention!r}, but this engine {found}; choose 'engine'")
     return PASS_ATTENTION[attention](pages)

@@ -73,7 +73,8 @@ class ECScheduler:
         if self._session.lower is None or not self._asked:
             return
         for feature in request.mm_features:
-            if feature.mm_position.offset + feature.mm_position.length > num_computed:
+            (_, last) = feature.mm_position.extract_embeds_range()[-1]  # text behind the last frame needs none
+            if last >= num_computed:
                 yield self._name(feature, request.cache_salt)
 
     def _name(self, feature: "MultiModalFeatureSpec", salt: str | None) -> Wanted:

@@ -138,11 +138,13 @@ def _import_xformers() -> Any:
 
 
 def _places(batch: VirtualBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Block table [requests, blocks] of the requests in a batch; row in it [tokens] and position [tokens], int32."""
-    first_row: dict[int, int] = {}
-    for i, row in enumerate(batch.rows):
-        first_row.setdefault(row.request, i)
-    number = torch.zeros(max(first_row) + 1, dtype=torch.int32)
-    number[list(first_row)] = torch.arange(len(first_row), dtype=torch.int32)
-    table = batch.block_table[list(first_row.values())]
-    return table, number[batch.requests].to(device), batch.positions.int().to(device)
+    """Block table [groups, blocks] of a batch; row in it [tokens] and position [tokens], int32.
+
+    A group is what stays together of a request: how its tokens are summed up depends on the group alone, and so not on
+    what else is in the pass.
+    """
+    groups: dict[tuple[int, int | None], int] = {}
+    group_of_row = [groups.setdefault((row.request, row.whole), len(groups)) for row in batch.rows]
+    first_rows = [group_of_row.index(group) for group in range(len(groups))]
+    numbers = torch.tensor(group_of_row, dtype=torch.int32).repeat_interleave(batch.query_start_loc.diff())
+    return batch.block_table[first_rows], numbers.to(device), batch.positions.int().to(device)
