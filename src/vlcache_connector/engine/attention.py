@@ -61,13 +61,12 @@ class AttentionContexts:
     ) -> Iterator[None]:
         """The context of one pass. Layers run eagerly in it, also when the engine compiles its model."""
         shares = self._shares_of(batch)
-        engine = shares.engine.batch if shares.engine is not None else batch
-        metadata = self._engine_metadata(engine) if shares.engine is not None else None
+        metadata = self._engine_metadata(shares.engine.batch) if shares.engine is not None else batch
         last = kv_only if self._can_end_early else None
         with ExitStack() as opened:
             opened.enter_context(
                 set_forward_context(
-                    dict.fromkeys(self._layer_names, metadata if metadata is not None else batch),
+                    dict.fromkeys(self._layer_names, metadata),
                     self._vllm_config,
                     num_tokens=batch.num_tokens,
                     slot_mapping=dict.fromkeys(self._layer_names, batch.slots),

@@ -58,12 +58,12 @@ class SpanShift:
         span = self.span
         entry = span.entry[layer].to(span.pages.device, non_blocking=True)
         changes = self._comparison.changes(entry, keys, values).to(entry.dtype)
+        caches = span.pages.caches[layer : layer + 1]
         for part in self._parts:
             count = part.stop - part.start
             shift = torch.mm(self._weights[part], changes.flatten(1), out=self._shift[:count])
             by_token, out = shift.view(-1, *changes.shape[1:]).transpose(0, 1), self._shifted[:, :count]
             places = self._places[part]
             shift_rows(entry[:, part], by_token, places, turns=self._turns, is_neox=span.rope.is_neox, out=out)
-            caches = span.pages.caches[layer : layer + 1]
             load_rows(out[None], caches, self._loaded_slots[part], span.pages.layout)
         span.layers_loaded += 1
