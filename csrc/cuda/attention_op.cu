@@ -2,13 +2,13 @@
 #include "attention_op.h"
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "attention.cuh"
+#include "launch.h"
 
 namespace vlcache {
 namespace {
@@ -74,15 +74,13 @@ void sparse_query_attention(const Tensor& out, const Tensor& query, const Tensor
   if (params.queries == 0) return;
   const int32_t device = query.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const AttentionPlan plan =
       cuda::plan_attention(params, device_attribute(cudaDevAttrMultiProcessorCount, device),
                            size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
   const Tensor workspace =
       torch::stable::new_empty(query, {cuda::workspace_floats(params, plan)}, ScalarType::Float);
   cuda::choose_attention_kernels(plan, Launch{params, plan, static_cast<float*>(workspace.mutable_data_ptr()),
-                                              static_cast<cudaStream_t>(stream)});
+                                              cuda::current_stream(device)});
 }
 
 }  // namespace

@@ -2,11 +2,11 @@
 #include "rows_op.h"
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "launch.h"
 #include "rows.cuh"
 
 namespace vlcache {
@@ -47,10 +47,8 @@ void move_rows(const RowsArguments& args) {
   if (params.layers * params.tokens * params.pages.heads * params.pages.dim == 0 || params.num_blocks == 0) return;
   const int32_t device = args.entry.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const RowsPlan plan = cuda::plan_rows(params);
-  cuda::choose_rows_kernel<kLoad>(params, plan, Launch<kLoad>{params, plan, static_cast<cudaStream_t>(stream)});
+  cuda::choose_rows_kernel<kLoad>(params, plan, Launch<kLoad>{params, plan, cuda::current_stream(device)});
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

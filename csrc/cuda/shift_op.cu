@@ -2,11 +2,11 @@
 #include "shift_op.h"
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "launch.h"
 #include "shift.cuh"
 
 namespace vlcache {
@@ -44,10 +44,8 @@ void shift_rows(const Tensor& out, const Tensor& entry, const Tensor& shift, con
   if (params.tokens * params.heads * params.dim == 0) return;
   const int32_t device = entry.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const RowsPlan plan = cuda::plan_shift(params);
-  cuda::choose_shift_kernel(params, plan, Launch{params, plan, static_cast<cudaStream_t>(stream)});
+  cuda::choose_shift_kernel(params, plan, Launch{params, plan, cuda::current_stream(device)});
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -74,9 +74,12 @@ ENGINE = {
 }
 OPENING = "These pictures come behind words that were never in front of them before, and that is all that is new. "
 MORE = "more words, which nobody has to read, stand at the end of it, and they go on for as long as it takes. "
-LAYERS: int = MODEL["layers"]
-SHARES = [0.1 * (LAYERS - 1 - layer) / (LAYERS - 1) for layer in range(LAYERS)]  # of "layered": 5 % on average
 ROUNDED_UP = 4  # recomputed tokens of a prompt beyond its percentage: a part of one for each picture
+
+
+def shares(num_layers: int) -> list[float]:
+    """Of "layered": what each layer recomputes, 5 % on average."""
+    return [0.1 * (num_layers - 1 - layer) / (num_layers - 1) for layer in range(num_layers)]
 
 
 def prompt_of(images: list[Any], opening: str) -> str:
@@ -92,13 +95,14 @@ def learn(engine: Engine, images: list[Any]) -> dict[int, int]:
     engine.forget()
     for image in images:
         engine.ask(prompt_of([image], ""), [image], {"mode": "exact"})
-    ask_reuse(engine, images, SHARES)
+    ask_reuse(engine, images, shares(engine.num_layers))
     return {percent: num_computed(ask_reuse(engine, images, percent / 100)) for percent in PERCENTS}
 
 
 def ask_reuse(engine: Engine, images: list[Any], ratio: float | list[float]) -> Measured:
     engine.forget()
-    return engine.ask(prompt_of(images, OPENING), images, {"mode": "reuse", "recompute_ratio": ratio})
+    wanted = {"mode": "reuse", "recompute_ratio": ratio, "at_any_cost": True}
+    return engine.ask(prompt_of(images, OPENING), images, wanted)
 
 
 def repeat_once(engine: Engine, images: list[Any], num_computed_by: Mapping[int, int]) -> Repeat:
@@ -113,7 +117,7 @@ def repeat_once(engine: Engine, images: list[Any], num_computed_by: Mapping[int,
         repeat[same_work(percent)] = engine.ask(longer, images, off)
     for percent in PERCENTS:
         repeat[reuse(percent)] = ask_reuse(engine, images, percent / 100)
-    repeat[LAYERED] = ask_reuse(engine, images, SHARES)
+    repeat[LAYERED] = ask_reuse(engine, images, shares(engine.num_layers))
     require_meaning(repeat)
     return repeat
 

@@ -76,6 +76,12 @@ class Engine:
         return torch.get_num_threads()
 
     @property
+    def num_layers(self) -> int:
+        """Of the decoder."""
+        number: int = self.llm.llm_engine.vllm_config.model_config.hf_text_config.num_hidden_layers
+        return number
+
+    @property
     def block_size(self) -> int:
         """Tokens of a block, as vLLM's prefix cache keeps them: whole ones only."""
         size: int = self.llm.llm_engine.vllm_config.cache_config.block_size

@@ -1,5 +1,6 @@
 """sparse_query_attention on a GPU beside PyTorch's attention over keys and values that were gathered from the pages
-before. `gpu.py` runs this. Shapes of Qwen3-VL-8B: 32 query heads, 8 KV heads of 128 dimensions, bfloat16.
+before, and beside FlashAttention 3 as vLLM calls it, where it is installed: there every run of queries is a sequence.
+`gpu.py` runs this. Shapes of Qwen3-VL-8B: 32 query heads, 8 KV heads of 128 dimensions, bfloat16.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -92,6 +95,31 @@ class Work:
         out = scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return out.transpose(1, 2).flatten(0, 1)
 
+    def engines(self) -> Callable[[], torch.Tensor] | None:
+        """The engine's attention, its arguments prepared; None where it is not installed."""
+        if self.query.device.type != "cuda" or find_spec("vllm") is None:
+            return None
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        case, device = self.case, self.query.device
+        ends = [position + 1 for position in case.positions()]
+        per_request = 1 if case.is_scattered else case.queries
+        lengths = torch.tensor((ends if case.is_scattered else ends[-1:]) * case.requests, dtype=torch.int32)
+        starts = torch.arange(0, len(self.query) + 1, per_request, dtype=torch.int32)
+        return partial(
+            flash_attn_varlen_func,
+            self.query,
+            *self.cache.transpose(1, 2).split(case.dim, dim=-1),
+            max_seqlen_q=per_request,
+            cu_seqlens_q=starts.to(device),
+            max_seqlen_k=max(ends),
+            seqused_k=lengths.to(device),
+            block_table=self.table.repeat_interleave(len(lengths) // case.requests, dim=0),
+            softmax_scale=case.dim**-0.5,
+            causal=True,
+            fa_version=3,
+        )
+
     def mask(self) -> torch.Tensor:
         return torch.arange(self.case.context, device=self.query.device) <= self.position[:, None]
 
@@ -115,16 +143,14 @@ def measure(case: Case, clock: Clock, device: torch.device, repeats: int) -> dic
     work = work_of(case, device)
     keys, values = work.gathered()
     mask = work.mask()
-    ours, pytorchs = work.ours().float(), work.pytorchs(keys, values, mask).float()
+    others = {"PyTorch": lambda: work.pytorchs(keys, values, mask), "FlashAttention 3": work.engines()}
+    functions: dict[str, Callable[[], Any]] = {name: other for name, other in others.items() if other is not None}
     # Averages of normal values are below 8; on each side, weights and result are rounded by half a unit of that.
-    worst = float((ours - pytorchs).abs().max())
-    if not worst <= 8 * torch.finfo(case.dtype).eps:
-        raise RuntimeError(f"{case}: differs by {worst:.3g} from PyTorch's attention")
-    functions: dict[str, Callable[[], object]] = {
-        "ours": work.ours,
-        "PyTorch": lambda: work.pytorchs(keys, values, mask),
-        "PyTorch and gathering": lambda: work.pytorchs(*work.gathered(), mask),
-    }
+    ours = work.ours().float()
+    worst = {name: float((ours - other().float()).abs().max()) for name, other in functions.items()}
+    if not max(worst.values()) <= 8 * torch.finfo(case.dtype).eps:
+        raise RuntimeError(f"{case}: differs too much from another: {worst}")
+    functions |= {"ours": work.ours, "PyTorch and gathering": lambda: work.pytorchs(*work.gathered(), mask)}
     times = clock.on_device_in_turns(functions, repeats)
     seconds = {name: statistics.median(each) for name, each in times.items()}
     products = 4 * case.dim * case.heads * case.group * case.requests * sum(p + 1 for p in case.positions())
@@ -134,9 +160,7 @@ def measure(case: Case, clock: Clock, device: torch.device, repeats: int) -> dic
         "worst_difference": worst,
         "median_s": seconds,
         "tflop_per_s": 1e-12 * products / seconds["ours"],
-        "time_over_ours": {
-            name: asdict(ratio(times[name], times["ours"])) for name in ("PyTorch", "PyTorch and gathering")
-        },
+        "time_over_ours": {name: asdict(ratio(times[name], times["ours"])) for name in functions if name != "ours"},
     }
 
 
@@ -158,5 +182,5 @@ def show(titles: Sequence[str], results: Sequence[dict[str, Any]]) -> None:
     for title, result in zip(titles, results, strict=True):
         ratios = [str(Ratio(**value)) for value in result["time_over_ours"].values()]
         rows.append([title, f"{1e6 * result['median_s']['ours']:.0f}", f"{result['tflop_per_s']:.0f}", *ratios])
-    print("\nAttention: how many times as long PyTorch's takes, median (quartiles) of runs in turns; more is better.")
+    print("\nAttention: how many times as long others take, median (quartiles) of runs in turns; more is better.")
     print(table(["queries", "ours [us]", "TFLOP/s", *results[0]["time_over_ours"]], rows), flush=True)

@@ -10,15 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bench.results import ROOT, say
 
 TESTS = "tests/kernels"
 TESTS_LIMIT_S = 180
-SANITIZER_LIMIT_S = 80
+SANITIZER_LIMIT_S = 150
 FOUND_SOMETHING = 66  # compute-sanitizer's exit code when it has, as we ask for
 
 # A few of each kind, since a sanitized kernel takes many times as long: every branch of the kernels is in them.
@@ -56,11 +58,12 @@ class Check:
 
 
 def run(device: str) -> list[dict[str, Any]]:
-    """All checks of the operations on `device`, "cuda" or "cpu" (a rehearsal). Prints what fails."""
-    checks = [run_tests(device)]
-    if device == "cuda":
-        checks += run_sanitizer()
-    return [asdict(check) for check in checks]
+    """All checks of the operations on `device`, "cuda" or "cpu" (a rehearsal), side by side. Prints what fails."""
+    with ThreadPoolExecutor() as pool:
+        kinds = [pool.submit(lambda: [run_tests(device)])]
+        if device == "cuda":
+            kinds.append(pool.submit(run_sanitizer, pool))
+        return [asdict(check) for kind in kinds for check in kind.result()]
 
 
 def run_tests(device: str) -> Check:
@@ -68,22 +71,28 @@ def run_tests(device: str) -> Check:
     return checked("tests", command, {}, TESTS_LIMIT_S)
 
 
-def run_sanitizer() -> list[Check]:
+def run_sanitizer(pool: ThreadPoolExecutor) -> list[Check]:
     tool = find_sanitizer()
     if tool is None:
         return [skipped("compute-sanitizer", "is not installed: add it to PATH or set CUDA_HOME")]
     # From PyTorch's cache of memory, a tensor is a part of a larger piece, whose end the tool does not see.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    planted = execute([*sanitized(tool, "memcheck"), sys.executable, "-c", PLANTED], environment, SANITIZER_LIMIT_S)
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    planted = execute([*sanitized(tool, "memcheck"), sys.executable, "-c", PLANTED], uncached, SANITIZER_LIMIT_S)
     if planted.code != FOUND_SOMETHING or "Invalid __global__ write" not in planted.output:
         return [skipped("compute-sanitizer", f"does not see a planted error here: {last_line(planted.output)}")]
     say("compute-sanitizer sees the planted error")
-    checks = []
-    for name, wanted in (("memcheck", MEMCHECKED), ("racecheck", RACECHECKED)):
-        files = [f"{TESTS}/test_attention.py"] if name == "racecheck" else [TESTS]
-        command = [*sanitized(tool, name), *pytest_command(f"native-cuda and ({wanted})", files)]
-        checks.append(checked(name, command, environment, SANITIZER_LIMIT_S))
-    return checks
+    wanted = {"memcheck": (MEMCHECKED, TESTS), "racecheck": (RACECHECKED, f"{TESTS}/test_attention.py")}
+    checks = [
+        pool.submit(
+            checked,
+            name,
+            [*sanitized(tool, name), *pytest_command(f"native-cuda and ({tests})", files)],
+            uncached,
+            SANITIZER_LIMIT_S,
+        )
+        for name, (tests, files) in wanted.items()
+    ]
+    return [check.result() for check in checks]
 
 
 def sanitized(tool: str, name: str) -> list[str]:
@@ -96,8 +105,8 @@ def find_sanitizer() -> str | None:
     return next(filter(None, found), None)
 
 
-def pytest_command(wanted: str, files: Sequence[str] = (TESTS,)) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, *files]
+def pytest_command(wanted: str, files: str = TESTS) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, files]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +116,16 @@ class Executed:
     seconds: float
 
 
-def execute(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> Executed:
-    started = time.monotonic()
+def environment(more: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Of processes that import the package from this folder."""
     paths = filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
-    everything = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
+def execute(command: Sequence[str], more: Mapping[str, str], limit_s: float) -> Executed:
+    started = time.monotonic()
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
-    with subprocess.Popen(command, cwd=ROOT, env=everything, text=True, **options) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment(more), text=True, **options) as process:
         try:
             output, _ = process.communicate(timeout=limit_s)
             code: int | None = process.returncode
@@ -122,9 +135,9 @@ def execute(command: Sequence[str], environment: Mapping[str, str], limit_s: flo
     return Executed(code, output, time.monotonic() - started)
 
 
-def checked(name: str, command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> Check:
+def checked(name: str, command: Sequence[str], more: Mapping[str, str], limit_s: float) -> Check:
     say(f"{name} runs, {limit_s:.0f} s at most")
-    done = execute(command, environment, limit_s)
+    done = execute(command, more, limit_s)
     summary = next((line for line in reversed(done.output.splitlines()) if re.search(r"\d+ passed|failed", line)), "")
     if done.code == 0 and " passed" in summary:
         outcome = "passed"

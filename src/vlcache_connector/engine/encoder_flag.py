@@ -2,14 +2,15 @@
 
 The scheduler creates the KV connector before it looks at `ec_transfer_config`; the worker creates its encoder connector
 long before the KV connector, so on that side it is created here. Both sides must agree, or the scheduler would promise
-embeddings that no worker can deliver: where the worker side cannot take part (vLLM's V2 model runner fixes its encoder
-connector when it is built), neither side is configured.
+embeddings that no worker can deliver: where an encoder connector cannot take part, neither side is configured.
 """
 
 from typing import TYPE_CHECKING
 
 from vllm.config import ECTransferConfig
 from vllm.distributed.ec_transfer import ensure_ec_transfer_initialized
+
+from vlcache_connector.engine.live import give_encoder_connector
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
@@ -21,8 +22,6 @@ MODULE = "vlcache_connector"
 def encoder_reason(vllm_config: "VllmConfig") -> str | None:
     """Why encoder outputs cannot be stored beside KV in this engine; None when they can."""
     config = vllm_config.ec_transfer_config
-    if vllm_config.use_v2_model_runner:
-        return "vLLM's V2 model runner was not verified; set VLLM_USE_V2_MODEL_RUNNER=0"
     if getattr(vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", bool)():
         return "tokens of videos are pruned; leave --video-pruning-rate out"
     if config is not None and config.ec_connector != CONNECTOR:
@@ -45,3 +44,4 @@ def share_encoder_connector(vllm_config: "VllmConfig", flag: "KVTransferConfig",
         )
     if is_worker:
         ensure_ec_transfer_initialized(vllm_config)
+        give_encoder_connector(vllm_config)

@@ -8,6 +8,7 @@ forward context. Nothing is patched.
 
 import gc
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -32,23 +33,48 @@ def find_model(vllm_config: "VllmConfig", layer_name: str) -> torch.nn.Module:
     raise UnsupportedModelError(f"no loaded model of a known family ({sorted(FAMILIES)}) owns layer {layer_name}")
 
 
+def give_encoder_connector(vllm_config: "VllmConfig") -> None:
+    """Let the model runner of this process use the encoder connector, which was created after it.
+
+    vLLM's V1 runner looks for the connector in every step, the V2 runner only when it is built. Must be called from
+    within a hook of the worker, which is found on the call stack.
+    """
+    if vllm_config.use_v2_model_runner:
+        from vllm.v1.worker.gpu.ec_connector import get_ec_connector
+
+        runner = _caller_with("model_runner").model_runner
+        runner.ec_connector = get_ec_connector(vllm_config, runner.encoder_cache)
+
+
 def encode_again(request_id: str, index: int) -> None:
     """Run the encoder for one media item of a scheduled request, as if the scheduler had asked for it.
 
     Only for the case that a promised embedding turns out to be unreadable in the middle of a step. Must be called
-    from within a hook of vLLM's V1 model runner, which is found on the call stack.
+    from within a hook of the model runner, which is found on the call stack.
     """
-    output = SimpleNamespace(
-        scheduled_encoder_inputs={request_id: [index]}, ec_manager_metadata=None, free_encoder_mm_hashes=[]
+    inputs = {request_id: [index]}
+    runner = _caller_with("_execute_mm_encoder", "model_state")
+    if hasattr(runner, "model_state"):  # V2
+        runner.model_state.execute_mm_encoder(inputs)
+        return
+    runner._execute_mm_encoder(
+        SimpleNamespace(scheduled_encoder_inputs=inputs, ec_manager_metadata=None, free_encoder_mm_hashes=[])
     )
-    _calling_runner()._execute_mm_encoder(output)
 
 
-def _calling_runner() -> Any:
-    frame = sys._getframe(1)
+def _caller_with(*attributes: str) -> Any:
+    """The nearest of `callers` that has one of these attributes."""
+    for caller in callers():
+        if any(hasattr(caller, attribute) for attribute in attributes):
+            return caller
+    raise RuntimeError(f"nothing on the call stack has {' or '.join(attributes)}: this is not vLLM as we know it")
+
+
+def callers() -> Iterator[Any]:
+    """The objects whose methods are on the call stack, the nearest first."""
+    frame = sys._getframe(1).f_back
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if hasattr(type(caller), "_execute_mm_encoder"):
-            return caller
-        frame = frame.f_back  # type: ignore[assignment]
-    raise RuntimeError("no model runner with an encoder is calling")
+        if caller is not None:
+            yield caller
+        frame = frame.f_back

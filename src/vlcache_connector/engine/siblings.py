@@ -12,13 +12,12 @@ the image's hash in place of the image's tokens (lmcache 0.5.5 on; 16 bits of th
 token ids, by request, or are unknown.
 """
 
-import sys
-from collections.abc import Iterator
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+
+from vlcache_connector.engine.live import callers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,10 +38,9 @@ def outer_config(vllm_config: "VllmConfig") -> "VllmConfig":
     `MultiConnector` that is making it, or else the one given.
     """
     config = vllm_config
-    for caller in _callers():
-        owner: Any = caller.f_locals.get("self")
-        if isinstance(owner, MultiConnector):
-            config = owner._vllm_config
+    for caller in callers():
+        if isinstance(caller, MultiConnector):
+            config = caller._vllm_config
     return config
 
 
@@ -54,10 +52,3 @@ def sibling_reason(outer: "VllmConfig") -> str | None:
     if not others:
         return None
     return f"{', '.join(others)} in the same engine may keep approximate blocks as exact ones"
-
-
-def _callers() -> Iterator[FrameType]:
-    frame = sys._getframe(1).f_back
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
