@@ -9,11 +9,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <limits>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "params.h"
@@ -24,12 +25,27 @@ using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Text is put together without streams, which would bring much code and the process's locale.
+inline void append(std::string& text, const char* part) { text += part; }
+inline void append(std::string& text, const std::string& part) { text += part; }
+
+template <typename Integer, std::enable_if_t<std::is_integral_v<Integer>, bool> = true>
+void append(std::string& text, Integer number) {
+  text += std::to_string(number);
+}
+
+inline void append(std::string& text, double number) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", number);
+  text += digits;
+}
+
 // STD_TORCH_CHECK's exception without its prefix, the path of the file on the machine that built the library.
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::runtime_error(text.str());
+  std::string text;
+  (append(text, parts), ...);
+  throw std::runtime_error(text);
 }
 
 template <typename... Parts>
@@ -55,41 +71,39 @@ inline const char* type_name(ScalarType type) {
 // What follows is written out only when a check fails: calls are short, and text takes longer than the checks.
 
 // A list of numbers the way Python prints it.
-template <typename Numbers>
 struct ListText {
-  Numbers numbers;
+  const int64_t* numbers;
+  size_t count;
 };
 
 template <typename Numbers>
-ListText<const Numbers&> list_text(const Numbers& numbers) {
-  return {numbers};
+ListText list_text(const Numbers& numbers) {
+  return {numbers.data(), numbers.size()};
 }
 
 constexpr int64_t kAnySize = std::numeric_limits<int64_t>::min();
 
-template <typename Numbers>
-std::ostream& operator<<(std::ostream& text, const ListText<Numbers>& list) {
-  const char* separator = "[";
-  for (int64_t number : list.numbers) {
-    text << separator;
-    if (number == kAnySize) {
-      text << "any";
-    } else {
-      text << number;
-    }
-    separator = ", ";
+inline void append(std::string& text, const ListText& list) {
+  text += "[";
+  for (size_t i = 0; i < list.count; ++i) {
+    if (i > 0) text += ", ";
+    text += list.numbers[i] == kAnySize ? "any" : std::to_string(list.numbers[i]);
   }
-  return text << (*separator == '[' ? "[]" : "]");
+  text += "]";
 }
 
 struct DeviceName {
   const Tensor& tensor;
 };
 
-inline std::ostream& operator<<(std::ostream& text, const DeviceName& name) {
-  if (name.tensor.is_cpu()) return text << "cpu";
-  if (name.tensor.is_cuda()) return text << "cuda:" << name.tensor.get_device_index();
-  return text << "another device";
+inline void append(std::string& text, const DeviceName& name) {
+  if (name.tensor.is_cpu()) {
+    text += "cpu";
+  } else if (name.tensor.is_cuda()) {
+    text += "cuda:" + std::to_string(name.tensor.get_device_index());
+  } else {
+    text += "another device";
+  }
 }
 
 inline DeviceName device_name(const Tensor& tensor) { return {tensor}; }

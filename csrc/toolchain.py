@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 OLDEST_TORCH = (2, 11)
+EXPORTS = Path("csrc/exports.map")
 OBJECTS = Path("build/objects")  # not where setuptools wants them: that is another place each time for pip
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 
@@ -180,10 +181,12 @@ def compile_all(units: list[Unit], jobs: int) -> None:
 
 
 def link(compiler: list[str], units: list[Unit], libraries: list[str], target: Path) -> None:
-    """Link to a new file and put it in place of the old one, which may be in use."""
+    """Link to a new file and put it in place of the old one, which may be in use. The standard library comes first:
+    PyTorch exports copies of some of its functions.
+    """
     new = target.with_suffix(".new")
-    objects = [str(unit.target) for unit in units]
-    run([*compiler, "-shared", *objects, *libraries, *flags("LDFLAGS"), "-o", str(new)], f"linking {target}")
+    inputs = [*(str(unit.target) for unit in units), f"-Wl,--version-script={EXPORTS}", "-lstdc++", *libraries]
+    run([*compiler, "-shared", *inputs, *flags("LDFLAGS"), "-o", str(new)], f"linking {target}")
     new.replace(target)
 
 

@@ -43,7 +43,7 @@ RESULTS = ROOT / "tests" / "bench" / "results"
 
 def device_facts(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "libraries": {state.device: str(state.path) for state in library.library_report() if state.is_loaded},
+        "libraries": {state.device: state.path.name for state in library.library_report() if state.is_loaded},
         "nvcc": gpu_checks.nvcc_version(),
     }
     if device.type == "cuda":

@@ -19,6 +19,7 @@ from typing import Any
 from bench.results import ROOT, say
 
 TESTS = "tests/kernels"
+MORE_TESTS = "tests/exec/test_upload.py"
 TESTS_LIMIT_S = 180
 SANITIZER_LIMIT_S = 150
 FOUND_SOMETHING = 66  # compute-sanitizer's exit code when it has, as we ask for
@@ -67,7 +68,7 @@ def run(device: str) -> list[dict[str, Any]]:
 
 
 def run_tests(device: str) -> Check:
-    command = pytest_command(f"native-{device}") + ([] if device == "cuda" else ["-x", "--maxfail=1"])
+    command = [*pytest_command(f"native-{device}"), MORE_TESTS] + ([] if device == "cuda" else ["-x", "--maxfail=1"])
     return checked("tests", command, {}, TESTS_LIMIT_S)
 
 

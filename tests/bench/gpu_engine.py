@@ -131,7 +131,7 @@ class Model:
 
 BIG = case_of("2k", (64, 32)), case_of("8k", (128, 64)), case_of("20k", (128, 64), (128, 64), (64, 64))
 SMALL = case_of("2k", (64, 32)), case_of("2 x 1k", (32, 32), (32, 32))
-MODELS = {"8b": Model(QWEN3_VL_8B, 24576, BIG, 5), "tiny": Model(TINY, 4096, SMALL, 2)}
+MODELS = {"8b": Model(QWEN3_VL_8B, 24576, BIG, 4), "tiny": Model(TINY, 4096, SMALL, 2)}
 
 
 def measure_ttft(llm: Any, cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def write_side_by_side(keys: torch.Tensor, values: torch.Tensor, cache: torch.Te
     cache.transpose(1, 2)[slots // BLOCK_SIZE, slots % BLOCK_SIZE] = torch.cat((keys, values), dim=-1)
 
 
-def check(work: Work) -> None:
+def check(work: Work, clock: Clock) -> None:
     """Raises `RuntimeError` when load and save do not give the entry back, on the device or from the host."""
     functions = work.on_device()
     functions["load"]()
@@ -126,15 +126,17 @@ def check(work: Work) -> None:
         raise RuntimeError(f"{work.case}: what was loaded and saved again is not what it was")
     run = [Run(0, work.case.tokens)]
     load_runs(work.pages, work.rope, work.pinned, 0, 0, run, work.block_ids)
+    clock.wait()
     work.pinned.zero_()
     save_run(work.pages, work.pinned, run[0], work.block_ids)
+    clock.wait()
     if not torch.equal(work.pinned, work.entry.cpu()):
         raise RuntimeError(f"{work.case}: what came from the host and went back is not what it was")
 
 
 def measure(case: Case, clock: Clock, device: torch.device, repeats: int) -> dict[str, Any]:
     work = work_of(case, device)
-    check(work)
+    check(work, clock)
     on_device = clock.on_device_in_turns(work.on_device(), repeats)
     ratios = {name: ratio(on_device["copy"], times) for name, times in on_device.items() if name != "copy"}
     across = clock.by_wall_in_turns(work.across(), max(3, repeats // 3))

@@ -69,15 +69,17 @@ def shown(path: Path) -> str:
 
 
 def _commit() -> str | None:
-    """Of this folder; where it is a copy without a history, what the environment variable VLCACHE_COMMIT says."""
+    """Of this folder, or of what it is a copy of, as the environment variable VLCACHE_COMMIT says."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
+    if named := os.environ.get("VLCACHE_COMMIT"):
+        return named
     try:
         return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("VLCACHE_COMMIT")
+        return None
 
 
 def _version(distribution: str) -> str | None:

@@ -26,7 +26,7 @@ REUSE_FAULTS = {
     "load": (SIDES + "piece_loader", "load_runs"),
     "load on the way": ("vlcache_connector.exec.shift", "shift_rows"),
     "recompute": ("vlcache_connector.exec.recompute:Recompute", "run"),
-    "a layer in the middle of the pass": (SIDES + "models.qwen_vl:QwenVLStack", "run_layer"),
+    "a layer of the pass": (SIDES + "pass_impl:PassImpl", "forward"),
 }
 SAVE_FAULTS = {
     "planning the save": (SIDES + "saves:SavePlanner", "_save"),

@@ -79,7 +79,7 @@ def test_one_flag_makes_a_recurring_picture_cheap_through_the_api(server: Server
 
 
 def test_full_recompute_agrees_with_plain_under_compilation(server: Server) -> None:
-    """The pass runs the layers eagerly, the engine runs them compiled: two roundings of one bfloat16 computation."""
+    """The pass runs what the engine compiled, with other batches: other kernels, another order of sums."""
     prompt = ("full recompute: ", A, "what is it?")
     chat(server, A)
     recomputed = chat(server, *prompt, params={"recompute_ratio": 1.0})

@@ -12,7 +12,10 @@ from engine.fake_config import Size
 from engine.fake_engine import FakeEngine
 
 MakeEngine = Callable[..., FakeEngine]
-KINDS = [(is_async, ranks) for is_async, ranks in itertools.product((False, True), (1, 2))]
+KINDS = [  # asynchronous scheduling, ranks, copies that end late
+    (is_async, num_ranks, is_async != (num_ranks == 2))
+    for is_async, num_ranks in itertools.product((False, True), (1, 2))
+]
 
 
 @pytest.fixture(scope="session")
@@ -23,19 +26,23 @@ def base_config() -> Any:
     return EngineArgs(str(folder), max_model_len=2048, enforce_eager=True).create_engine_config()
 
 
-@pytest.fixture(params=KINDS, ids=[f"{'async' if a else 'sync'}-{r}" for a, r in KINDS])
+@pytest.fixture(params=KINDS, ids=[f"{'async' if a else 'sync'}-{r}" for a, r, _ in KINDS])
 def make_engine(request: Any, base_config: Any, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeEngine]:
     """`make_engine(num_blocks=20, ...)`, see `Size`; other names are options of the connector. Whatever a test does,
     its engines must come to rest afterwards with nothing left over.
     """
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    is_async, num_ranks = request.param
+    is_async, num_ranks, is_late = request.param
     engines: list[FakeEngine] = []
 
     def make(**settings: Any) -> FakeEngine:
         sizes = {name: settings.pop(name) for name in list(settings) if name in Size.__dataclass_fields__}
         engines.append(
-            FakeEngine(base_config, Size(**{"is_async": is_async, "num_ranks": num_ranks} | sizes), **settings)
+            FakeEngine(
+                base_config,
+                Size(**{"is_async": is_async, "num_ranks": num_ranks, "is_late": is_late} | sizes),
+                **settings,
+            )
         )
         return engines[-1]
 

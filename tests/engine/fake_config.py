@@ -16,6 +16,7 @@ class Size:
     """Of an engine."""
 
     is_async: bool = False
+    is_late: bool = False  # copies end in the step after the one that began them, as on a GPU
     num_ranks: int = 1
     num_blocks: int = 200
     max_batched_tokens: int = 64

@@ -81,7 +81,14 @@ class FakeEngine:
         entries = FakeEntries.make(rank, layout, self.size.host_nbytes, slab_name(self.config, rank))
         keeps_pixels = self.size.keeps_pixels
         return FakeWorker(
-            rank, BLOCK_SIZE, self.truths, self._struck, keeps_pixels, entries, lambda job: self.audited(job)
+            rank,
+            BLOCK_SIZE,
+            self.truths,
+            self._struck,
+            keeps_pixels,
+            entries,
+            lambda job: self.audited(job),
+            self.size.is_late,
         )
 
     # -- requests -----------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class FakeWorker:
     keeps_pixels: bool
     entries: FakeEntries
     audited: Callable[[AuditJob], float]  # the KL divergence that an audit finds
+    is_late: bool  # memory is read and written by copies that end in the next step, as those of a GPU do
     weights: int = 0
     pages: dict[int, Record] = field(default_factory=dict)  # slot -> what was written there
     encoder_cache: set[str] = field(default_factory=set)
@@ -59,6 +60,9 @@ class FakeWorker:
     _live: dict[str, _Live] = field(default_factory=dict)
     _errors: dict[str, str] = field(default_factory=dict)
     _shifted: set[tuple[int, int]] = field(default_factory=set)  # (job, offset of a span)
+    _late: JobResults = field(default_factory=JobResults)
+    _reads: list[tuple[Extent, Entry]] = field(default_factory=list)  # that the step before has begun
+    _writes: list[tuple[Extent, Entry, bool]] = field(default_factory=list)
 
     def execute(self, output: Any, fresh_blocks: Iterable[int]) -> ModelRunnerOutput:
         """One step, in the order of vLLM's V1 model runner. What is in freshly allocated blocks is lost."""
@@ -135,11 +139,12 @@ class FakeWorker:
     # -- the connector ------------------------------------------------------------------------------------------------
 
     def _carry_out(self, metadata: VLCacheMetadata) -> KVConnectorOutput:
-        output, results = KVConnectorOutput(finished_recving=set()), JobResults()
+        output, results = KVConnectorOutput(finished_recving=set()), self._end_copies()
+        late = self._late if self.is_late else results
         for save in metadata.saves:
-            self._save(results, save)
+            self._save(late, save)
         for embedding in metadata.embeddings:
-            self._save_embedding(results, embedding)
+            self._save_embedding(late, embedding)
         for piece in metadata.reuse:
             self._load(piece)
         for piece in metadata.reuse:
@@ -147,15 +152,26 @@ class FakeWorker:
             if piece.is_last:
                 error = self._errors.pop(piece.request_id, None)
                 _answer(results, piece.job_id, error)
+                late.released[piece.job_id] = 1
                 output.finished_recving.add(piece.request_id)
                 output.failed_recving |= {piece.request_id} if error is not None else set()
         for compiling in metadata.compiles:
-            self._compile(results, compiling)
+            self._compile(late, compiling)
         for audit in metadata.audits:
             assert not metadata.num_computed_tokens and not metadata.reuse, "audits are for idle steps"
             self._audit(results, audit)
         output.kv_connector_worker_meta = VLCacheWorkerMetadata(results) if results else None
         return output
+
+    def _end_copies(self) -> JobResults:
+        """What the step before has begun is done: its answers may be given."""
+        for extent, wanted in self._reads:
+            self._check_entry(extent, wanted)
+        for extent, entry, is_lost in self._writes:
+            self.entries.write(extent, entry, is_lost)
+        self._reads, self._writes = [], []
+        late, self._late = self._late, JobResults()
+        return late
 
     def _load(self, piece: ReusePiece) -> None:
         truth = self.truths[piece.request_id]
@@ -169,7 +185,10 @@ class FakeWorker:
             if piece.shifts and span.reused:
                 assert (piece.job_id, span.offset) not in self._shifted, "the tokens of a span move in one piece"
                 self._shifted.add((piece.job_id, span.offset))
-            self._check_entry(span.kv, truth.kv_entry(span.run, self.weights))
+            wanted = truth.kv_entry(span.run, self.weights)
+            self._check_entry(span.kv, wanted)
+            if self.is_late:
+                self._reads.append((span.kv, wanted))
             self._check_embedding(piece, truth, span.offset, span.embedding)
             for run in span.reused:
                 self._write(truth, piece.block_ids, run, is_exact=False)
@@ -281,7 +300,10 @@ class FakeWorker:
         assert embedded == [p for p in range(offset, end) if prompt.token_ids[p] == IMAGE_TOKEN]
 
     def _put(self, results: JobResults, job_id: int, extent: Extent, entry: Entry, is_lost: bool) -> None:
-        self.entries.write(extent, entry, is_lost)
+        if results is self._late:
+            self._writes.append((extent, entry, is_lost))
+        else:
+            self.entries.write(extent, entry, is_lost)
         _answer(results, job_id, "lost" if is_lost else None)
 
 

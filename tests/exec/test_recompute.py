@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vlcache_connector.exec.batch import PassLimits, VirtualBatch
-from vlcache_connector.exec.model import Prompt
+from vlcache_connector.exec.model import Prompt, run_layers
 from vlcache_connector.exec.recompute import FreshKV, Queries, Recompute
 from vlcache_connector.exec.rope import Rope
 from vlcache_connector.exec.sequence import EncoderOutput, SequenceInput
@@ -165,6 +165,9 @@ class PagedStack:
         self.attended.append(layer)
         x = x + self.paged_attention(layer, q, self._open) @ self.decoder.out[layer]
         return torch.tanh(x @ self.decoder.mlp[layer]), x
+
+    def run(self, positions: torch.Tensor, hidden: torch.Tensor, added: Sequence[torch.Tensor]) -> None:
+        run_layers(self, range(self.num_layers), positions, hidden, None, added)
 
     def logits(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         assert self._open is None and residual is not None
@@ -388,6 +391,9 @@ class Recorder:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.calls.append((layer, positions, hidden.clone()))
         return hidden, residual
+
+    def run(self, positions: torch.Tensor, hidden: torch.Tensor, added: Sequence[torch.Tensor]) -> None:
+        run_layers(self, range(self.num_layers), positions, hidden, None, added)
 
     def logits(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor | None:
         return hidden[:, :1]

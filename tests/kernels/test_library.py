@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,14 @@ def run(**environment: str) -> tuple[Any, list[str]]:
     )
     assert answer.returncode == 0, answer.stderr
     return json.loads(answer.stdout), answer.stderr.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm, of binutils, is not installed")
+def test_a_library_shows_others_nothing_but_its_own_function() -> None:
+    """Another's copy of a function of the standard library could stand in for ours."""
+    library = str(SOURCE / "vlcache_connector" / "_cpu.so")
+    symbols = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
+    assert [line.split()[-1] for line in symbols.stdout.splitlines()] == ["vlcache_cpu_isa"]
 
 
 def test_with_the_compiled_library_nothing_is_logged() -> None:

@@ -37,7 +37,7 @@ SITES = (
     Site(_ENGINE + "loads:LoadQueue", "add"),
     Site(_ENGINE + "saves:SavePlanner", "_save"),
     Site(_ENGINE + "models.qwen_vl:QwenVLStack", "positions", may_be_late=True),
-    Site(_ENGINE + "models.qwen_vl:QwenVLStack", "run_layer", weight=0.3, may_be_late=True),
+    Site(_ENGINE + "pass_impl:PassImpl", "forward", weight=0.3, may_be_late=True),
     Site(_ENGINE + "piece_loader", "position_delta", may_be_late=True),
     Site(_ENGINE + "piece_loader", "load_runs", may_be_late=True),
     Site(_ENGINE + "kv_worker", "save_run", may_be_late=True),

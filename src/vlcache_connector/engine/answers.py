@@ -20,6 +20,7 @@ def answer_all_failed(metadata: VLCacheMetadata, why: str) -> StepAnswers:
     """Answers of a step of which no job was tried."""
     over = [piece for piece in metadata.reuse if piece.is_last]
     jobs: Iterable[Any] = (*over, *metadata.saves, *metadata.embeddings, *metadata.compiles, *metadata.audits)
-    results = JobResults(failed={job.job_id: why for job in jobs}, unsupported=why)
+    released = dict.fromkeys((piece.job_id for piece in over), 1)
+    results = JobResults(failed={job.job_id: why for job in jobs}, released=released, unsupported=why)
     requests = {piece.request_id for piece in over}
     return StepAnswers(results, requests, set(requests))

@@ -59,7 +59,7 @@ class AttentionContexts:
         queries: Queries | None = None,
         kv_only: int | None = None,
     ) -> Iterator[None]:
-        """The context of one pass. Layers run eagerly in it, also when the engine compiles its model."""
+        """The context of one pass."""
         shares = self._shares_of(batch)
         metadata = self._engine_metadata(shares.engine.batch) if shares.engine is not None else batch
         last = kv_only if self._can_end_early else None
@@ -70,7 +70,6 @@ class AttentionContexts:
                     self._vllm_config,
                     num_tokens=batch.num_tokens,
                     slot_mapping=dict.fromkeys(self._layer_names, batch.slots),
-                    skip_compiled=True,
                 )
             )
             for number, layer in enumerate(self._layers):

@@ -63,6 +63,7 @@ class VLCacheScheduler:
 
     @locked
     def on_new_request(self, request: "Request") -> None:
+        self._session.hear()
         state = describe(request, self._session.keys, self._audits.options, self._session.layout.num_layers)
         state.is_suspended = self._audits.is_off
         self._states[request.request_id] = state
@@ -192,7 +193,8 @@ class VLCacheScheduler:
 
     @locked
     def has_pending_work(self) -> bool:
-        return len(self._saves.compiles) > 0 or len(self._audits) > 0 or self._loads.num_open > 0
+        is_idle = not (self._loads.num_open or self._saves.compiles or self._audits or self._session.has_late_answers)
+        return not is_idle
 
     @locked
     def reset_cache(self) -> None:

@@ -4,8 +4,9 @@
 never as an exception in the engine's hook.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +16,12 @@ from vllm.logger import init_logger
 from vlcache_connector.engine import debug
 from vlcache_connector.engine.answers import StepAnswers
 from vlcache_connector.engine.attention import AttentionContexts
-from vlcache_connector.engine.live import find_model
+from vlcache_connector.engine.live import find_model, positions_buffer
 from vlcache_connector.engine.metadata import (
     AuditJob,
     CompileJob,
     EmbeddingJob,
+    JobResults,
     ReusePiece,
     SaveJob,
     VLCacheMetadata,
@@ -30,6 +32,7 @@ from vlcache_connector.engine.session import WorkerSession
 from vlcache_connector.exec.audit import audit
 from vlcache_connector.exec.batch import PassLimits
 from vlcache_connector.exec.content import order_of
+from vlcache_connector.exec.late import Late
 from vlcache_connector.exec.model import LayerStack
 from vlcache_connector.exec.pages import PagedLayer, Pages
 from vlcache_connector.exec.recompute import Recompute
@@ -58,12 +61,14 @@ class VLCacheWorker:
         assert session.slab.layout.num_layers == len(self._layer_names), "the slab has another layout than the pages"
         family = family_of(vllm_config.model_config.architectures)
         assert family is not None
-        self._stack: LayerStack = family.attach(find_model(vllm_config, self._layer_names[0]))
+        model = find_model(vllm_config, self._layer_names[0])
+        self._stack: LayerStack = family.attach(model, positions_buffer())
         self._pages: Pages | None = None
         self._recompute: Recompute | None = None
         self._loader: PieceLoader | None = None
         self._errors: dict[str, str] = {}  # of requests that have had a piece, but not the last, when a piece failed
         self._watches: dict[str, Stopwatch] = {}
+        self._late = JobResults()  # of this step
         self.answers = StepAnswers()
 
     def register_pages(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -74,6 +79,7 @@ class VLCacheWorker:
         self._loader = PieceLoader(self._pages, self._stack, self._session)
         device = self._pages.device
         self._watches = {kind: Stopwatch(device) for kind in ("compute", "load", "recompute")}
+        self._session.late = Late(device)
         contexts = AttentionContexts(
             self._vllm_config, self._spec, self._layer_names, self._pages, self._session.options.attention
         )
@@ -99,20 +105,25 @@ class VLCacheWorker:
         self._watches["compute"].stop(metadata.num_computed_tokens)
         debug.launching(metadata)
         for save in metadata.saves:
-            self._try("save", save.job_id, lambda save=save: self._save(save))
+            self._try("save", save.job_id, partial(self._save, save), self._late)
         for embedding in metadata.embeddings:
-            self._try("save", embedding.job_id, lambda embedding=embedding: save_embedding(self._session, embedding))
+            self._try("save", embedding.job_id, partial(save_embedding, self._session, embedding), self._late)
         if metadata.reuse:
             self._reuse(metadata.reuse)
         for job in metadata.compiles:
-            self._try("compile", job.job_id, lambda job=job: self._compile(job))
+            self._try("compile", job.job_id, partial(self._compile, job), self._late)
         for checked in metadata.audits:
-            self._try("audit", checked.job_id, lambda checked=checked: self._audit(checked))
+            self._try("audit", checked.job_id, partial(self._audit, checked), self.answers.results)
         for kind, watch in self._watches.items():
             self.answers.results.laps += ((kind, *lap) for lap in watch.take() if lap[0] >= MIN_TOKENS)
 
     def take_answers(self) -> StepAnswers:
         answers, self.answers = self.answers, StepAnswers()
+        late, self._late = self._late or None, JobResults()
+        if self._session.late is not None:
+            late = self._session.late.exchange(late)
+        if late is not None:
+            answers.results.merge(late)
         return answers
 
     # -- reuse --------------------------------------------------------------------------------------------------------
@@ -158,8 +169,9 @@ class VLCacheWorker:
         self._loader.forget(request_id)
         error = self._errors.pop(request_id, None)
         self.answers.finished.add(request_id)
+        self._late.released[piece.job_id] = 1
         if error is None:
-            self._succeed(piece.job_id)
+            self.answers.results.succeeded[piece.job_id] = 1
         else:
             self.answers.failed.add(request_id)
             self.answers.results.failed[piece.job_id] = error
@@ -180,7 +192,7 @@ class VLCacheWorker:
         slab.positions(job.kv, len(run)).copy_(positions[:, run.start : run.end])
         kv = slab.kv(job.kv, len(run))
         counters.add("saved_bytes", save_run(self._pages, kv, run, block_ids), label="kv")
-        slab.order(job.kv, len(run)).copy_(order_of(kv, self._pages.device))
+        slab.order(job.kv, len(run)).copy_(order_of(kv, self._pages.device), non_blocking=True)
         counters.add("saved_entries", label="kv")
 
     def _compile(self, job: CompileJob) -> None:
@@ -212,18 +224,15 @@ class VLCacheWorker:
 
     # -- answers ------------------------------------------------------------------------------------------------------
 
-    def _try(self, stage: str, job_id: int, work: Any) -> None:
+    def _try(self, stage: str, job_id: int, work: Callable[[], None], results: JobResults) -> None:
         try:
             work()
         except Exception as error:
             logger.exception("VLCache: job failed (%s); requests go on without its result", stage)
             self._session.counters.add("failures", label=stage)
-            self.answers.results.failed[job_id] = f"{stage}: {error}"
+            results.failed[job_id] = f"{stage}: {error}"
         else:
-            self._succeed(job_id)
-
-    def _succeed(self, job_id: int) -> None:
-        self.answers.results.succeeded[job_id] = 1
+            results.succeeded[job_id] = 1
 
 
 def save_embedding(session: WorkerSession, job: EmbeddingJob) -> None:

@@ -9,6 +9,8 @@ forward context. Nothing is patched.
 import gc
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,18 @@ def find_model(vllm_config: "VllmConfig", layer_name: str) -> torch.nn.Module:
             model: torch.nn.Module = candidate
             return model
     raise UnsupportedModelError(f"no loaded model of a known family ({sorted(FAMILIES)}) owns layer {layer_name}")
+
+
+def positions_buffer() -> torch.Tensor | None:
+    """Zeros in the shape [3, tokens] and with the strides of the model runner's rope positions, of which it hands the
+    first ones to the model: compiled code takes the strides for granted. None where they are not where we know them.
+    Must be called from within a hook of the worker.
+    """
+    runner = _caller_with("model_runner").model_runner
+    for place in ("mrope_positions.gpu", "model_state.rope_state.positions"):  # V1, V2
+        with suppress(AttributeError):
+            return torch.zeros_like(attrgetter(place)(runner))
+    return None
 
 
 def give_encoder_connector(vllm_config: "VllmConfig") -> None:

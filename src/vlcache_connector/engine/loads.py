@@ -124,7 +124,7 @@ class LoadQueue:
             record.ended_s, record.error = time.monotonic(), error
             on_done(error)
 
-        job_id = self._session.new_job(pinned=pinned, on_done=done)
+        job_id = self._session.new_job(pinned=pinned, on_done=done, is_read_late=True)
         self._open += 1
         return job_id, record
 

@@ -126,16 +126,18 @@ class JobResults:
 
     succeeded: dict[int, int] = field(default_factory=dict)  # job -> number of ranks
     failed: dict[int, str] = field(default_factory=dict)  # job -> why, on the first rank that failed
+    released: dict[int, int] = field(default_factory=dict)  # load -> number of ranks that have read its entries
     unsupported: str | None = None  # the workers cannot drive this model at all
     laps: list[tuple[str, int, float]] = field(default_factory=list)  # kind of work, tokens, seconds
     drifts: dict[int, Drift] = field(default_factory=dict)  # of audits that succeeded
 
     def __bool__(self) -> bool:
-        return bool(self.succeeded or self.failed or self.laps)
+        return bool(self.succeeded or self.failed or self.released or self.laps)
 
     def merge(self, other: "JobResults") -> None:
-        for job_id, count in other.succeeded.items():
-            self.succeeded[job_id] = self.succeeded.get(job_id, 0) + count
+        for mine, others in ((self.succeeded, other.succeeded), (self.released, other.released)):
+            for job_id, count in others.items():
+                mine[job_id] = mine.get(job_id, 0) + count
         self.failed = other.failed | self.failed
         self.unsupported = self.unsupported or other.unsupported
         self.laps += other.laps

@@ -7,7 +7,7 @@ in turn.
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
@@ -21,14 +21,14 @@ from vlcache_connector.engine.fetches import Fetches
 from vlcache_connector.engine.metadata import JobResults
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.operations import Operations
-from vlcache_connector.engine.tiers import find_slabs, lower_tiers, provenance, slab_name
+from vlcache_connector.engine.tiers import find_slabs, limits_of, lower_tiers, provenance, slab_name
 from vlcache_connector.errors import UnsupportedModelError
+from vlcache_connector.exec.late import Late
 from vlcache_connector.metrics import Counters
 from vlcache_connector.plan.costs import Prices
-from vlcache_connector.plan.keys import KeySpace, by_tag
+from vlcache_connector.plan.keys import KeySpace
 from vlcache_connector.policy import policies_of
 from vlcache_connector.policy.layered import Layered
-from vlcache_connector.store.eviction.limits import Limits
 from vlcache_connector.store.eviction.policies import EVICTION_POLICIES
 from vlcache_connector.store.extents import aligned
 from vlcache_connector.store.host import HostEntry, HostIndex
@@ -66,6 +66,10 @@ class _Registry(Generic[T]):
         self._sessions[key] = (session, count + 1)
         return session
 
+    def get(self, key: str) -> T | None:
+        session, _ = self._sessions.get(key, (None, 0))
+        return session
+
     def detach(self, key: str) -> None:
         session, count = self._sessions.pop(key, (None, 0))
         if session is not None and count > 1:
@@ -96,6 +100,7 @@ class Job:
     job_id: int
     pinned: list[HostEntry] = field(default_factory=list)  # entries that the job reads
     written: HostEntry | None = None  # the entry that the job writes
+    is_read_late: bool = False  # ranks say by themselves when they have read
     on_done: Callable[[str | None], None] | None = None  # called with None, or with why the job failed
 
 
@@ -110,7 +115,7 @@ class SchedulerSession:
         if isinstance(layered, Layered) and layout.num_layers:
             layered.check(fingerprint.model_id(vllm_config), layout.num_layers)
         policy, capacity = EVICTION_POLICIES[options.eviction], int(options.host_gib * _GIB)
-        self.index = HostIndex(capacity, policy, _limits(options), self._evicted)
+        self.index = HostIndex(capacity, policy, limits_of(options), self._evicted)
         self.keys = KeySpace(fingerprint.kv_facts(vllm_config, layout), fingerprint.embedding_facts(vllm_config))
         self.counters = Counters()
         self.prices = Prices()
@@ -125,12 +130,19 @@ class SchedulerSession:
         self.lower: LowerTiers | None = None
         if self.host_bytes is not None:
             moved = self.index, self.lock, self.host_bytes, self.counters
-            self.lower = lower_tiers(vllm_config, options, _limits(options), *moved)
+            self.lower = lower_tiers(vllm_config, options, limits_of(options), *moved)
         self.fetches = Fetches(self)
         self.operations = Operations(vllm_config, self, slabs)
         self._num_ranks = vllm_config.parallel_config.tensor_parallel_size
+        self._instance = vllm_config.instance_id
         self._jobs: dict[int, Job] = {}
+        self._read: dict[int, tuple[list[HostEntry], int]] = {}  # ended, but some ranks may still read the entries
         self._next_job = 0
+
+    @property
+    def has_late_answers(self) -> bool:
+        """Whether ranks owe an answer about memory that is read or written."""
+        return bool(self._read) or any(job.written is not None for job in self._jobs.values())
 
     @property
     def has_ec_only(self) -> bool:
@@ -142,9 +154,12 @@ class SchedulerSession:
         pinned: list[HostEntry] | None = None,
         written: HostEntry | None = None,
         on_done: Callable[[str | None], None] | None = None,
+        is_read_late: bool = False,
     ) -> int:
-        """Register a job; pins the entries that it reads until it is answered. `written` is pinned already."""
-        job = Job(self._next_job, pinned or [], written, on_done)
+        """Register a job; pins the entries that it reads until it is answered or, where `is_read_late`, until all ranks
+        have released them besides. `written` is pinned already.
+        """
+        job = Job(self._next_job, pinned or [], written, is_read_late, on_done)
         self._next_job += 1
         self._jobs[job.job_id] = job
         for entry in job.pinned:
@@ -204,12 +219,27 @@ class SchedulerSession:
             complete = results.succeeded.get(job_id, 0) == self._num_ranks
             error = results.failed.get(job_id, None if complete else "not every rank answered")
             self.settle(job_id, error)
+        for job_id, count in results.released.items():
+            entries, missing = self._read.pop(job_id)
+            if missing > count:
+                self._read[job_id] = entries, missing - count
+            else:
+                self._unpin(entries)
+
+    def hear(self) -> None:
+        """Take late answers of a worker in this process, without waiting for a step."""
+        worker = WORKERS.get(self._instance)
+        results = worker.late.take() if worker is not None and worker.late is not None else None
+        if results is not None:
+            self.take_results(results)
 
     def settle(self, job_id: int, error: str | None) -> None:
         """End a job: release its pins, publish or drop what it wrote."""
         job = self._jobs.pop(job_id)
-        for entry in job.pinned:
-            self.index.unpin(entry)
+        if job.is_read_late:
+            self._read[job_id] = job.pinned, self._num_ranks
+        else:
+            self._unpin(job.pinned)
         if job.written is not None:
             if error is None:
                 self.index.commit(job.written)
@@ -219,6 +249,10 @@ class SchedulerSession:
                 self.index.discard(job.written)
         if job.on_done is not None:
             job.on_done(error)
+
+    def _unpin(self, entries: Iterable[HostEntry]) -> None:
+        for entry in entries:
+            self.index.unpin(entry)
 
 
 class WorkerSession:
@@ -230,6 +264,7 @@ class WorkerSession:
         self.slab = Slab(int(options.host_gib * _GIB), layout, self._slab_name)
         self.encoder_cache: dict[str, torch.Tensor] = {}
         self.counters = Counters()
+        self.late: Late[JobResults] | None = None
 
     def adopt(self, options: Options, layout: EntryLayout) -> None:
         """Take the KV connector's options and layout, which are the scheduler side's, before any job has run.
@@ -239,11 +274,6 @@ class WorkerSession:
         if layout != self.slab.layout or options.host_gib != self.options.host_gib:
             self.slab = Slab(int(options.host_gib * _GIB), layout, self._slab_name)
         self.options = options
-
-
-def _limits(options: Options) -> Limits:
-    ttl_s = options.ttl_s
-    return Limits(by_tag(options.quotas), by_tag(ttl_s) if isinstance(ttl_s, Mapping) else ttl_s)
 
 
 def entry_layout(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig | None") -> EntryLayout:

@@ -5,6 +5,7 @@ The workers made their slabs before vLLM makes its scheduler, and under the same
 
 import os
 import threading
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from vllm.logger import init_logger
 from vlcache_connector.config import Options
 from vlcache_connector.engine.fingerprint import are_weights_known
 from vlcache_connector.metrics import Counters
+from vlcache_connector.plan.keys import by_tag
 from vlcache_connector.store.base import Tier
 from vlcache_connector.store.disk.tier import DiskTier
 from vlcache_connector.store.eviction.limits import Limits
@@ -52,6 +54,12 @@ def find_slabs(vllm_config: "VllmConfig", options: Options, layout: EntryLayout)
         if any((options.disk_path, options.snapshot_path, options.remote)):
             logger.warning("VLCache works without disk, remote store and snapshots: %s", error)
         return []
+
+
+def limits_of(options: Options) -> Limits:
+    """Quotas and times to live, by the tags of classes."""
+    ttl_s = options.ttl_s
+    return Limits(by_tag(options.quotas), by_tag(ttl_s) if isinstance(ttl_s, Mapping) else ttl_s)
 
 
 def lower_tiers(

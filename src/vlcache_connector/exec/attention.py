@@ -46,10 +46,10 @@ class SparseQueryAttention:
 
     @staticmethod
     def is_faster(pages: Pages) -> bool:
-        """Whether it beats the engine's attention where tokens are scattered, as far as that was measured: on a CPU,
-        except where pages are packed for an engine that has matrix instructions.
+        """Whether it beats the engine's attention where tokens are scattered, as far as that was measured: everywhere,
+        except where pages are packed for an engine on a CPU that has matrix instructions.
         """
-        return pages.device.type == "cpu" and pages.layout.order is None and "CPU" in load_libraries()
+        return pages.layout.order is None and pages.device.type.upper() in load_libraries()
 
     def __call__(
         self,

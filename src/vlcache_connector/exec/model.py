@@ -79,6 +79,28 @@ class LayerStack(Protocol):
         """One decoder layer over rows [n, hidden] at `positions` [3, n], inside an attention context."""
         ...
 
+    def run(self, positions: torch.Tensor, hidden: torch.Tensor, added: Sequence[torch.Tensor]) -> None:
+        """All layers over rows [n, hidden] at `positions` [3, n], inside an attention context, as the engine runs them:
+        compiled where it compiles. `added` [n, hidden]: what is added after layer 0, 1, ...; none where that is zero.
+        """
+        ...
+
     def logits(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor | None:
         """Logits [n, vocabulary] of what the last layer gave; None where this rank is not told."""
         ...
+
+
+def run_layers(
+    stack: LayerStack,
+    layers: range,
+    positions: torch.Tensor,
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    added: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Some layers, one after the other. `added`: as in `LayerStack.run`."""
+    for layer in layers:
+        hidden, residual = stack.run_layer(layer, positions, hidden, residual)
+        if layer < len(added):
+            hidden = hidden + added[layer]
+    return hidden, residual

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from vlcache_connector.exec.batch import PassLimits, Row, VirtualBatch, build_batch, split_passes
-from vlcache_connector.exec.model import LayerStack
+from vlcache_connector.exec.model import LayerStack, run_layers
 from vlcache_connector.exec.narrow import Total, kept_at
 from vlcache_connector.exec.question import Look, rows_of
 from vlcache_connector.exec.sequence import SequenceInput, parts_of
@@ -77,9 +77,8 @@ class Recompute:
         for rows in split_passes(rows_of(sequences), self._limits):
             batch, positions = self._batch(rows, sequences)
             hidden, added = self._inputs(batch, sequences)
-            end = self._stack.num_layers
-            with self._context(batch, None, partial(look.on_queries, batch), end - 1):
-                self._run_layers(range(end), positions, hidden, None, added)
+            with self._context(batch, None, partial(look.on_queries, batch), self._stack.num_layers - 1):
+                self._stack.run(positions, hidden, added)
             num_passes += 1
         return look.scores, num_passes
 
@@ -101,7 +100,10 @@ class Recompute:
                 is_kv_enough = border == end and not needs_output
                 fresh_kv = spans.on_fresh_kv if spans.listens else None
                 with self._context(batch, fresh_kv, None, end - 1 if is_kv_enough else None):
-                    hidden, residual = self._run_layers(layers, positions, hidden, residual, added)
+                    if is_kv_enough and first == 0:
+                        self._stack.run(positions, hidden, added)
+                    else:
+                        hidden, residual = run_layers(self._stack, layers, positions, hidden, residual, added)
             if border < end:
                 keep = kept_at(border, batch, spans.narrowed, spans.scores, self._total, self._limits.max_rows)
                 batch = batch.narrowed(keep)
@@ -111,20 +113,6 @@ class Recompute:
                 spans.take(batch)
             first = border
         spans.finish(end)
-        return hidden, residual
-
-    def _run_layers(
-        self,
-        layers: range,
-        positions: torch.Tensor,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        added: Sequence[torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        for layer in layers:
-            hidden, residual = self._stack.run_layer(layer, positions, hidden, residual)
-            if layer < len(added):
-                hidden = hidden + added[layer]
         return hidden, residual
 
     def _batch(self, rows: Sequence[Row], sequences: Sequence[SequenceInput]) -> tuple[VirtualBatch, torch.Tensor]:
@@ -145,7 +133,7 @@ class Recompute:
                 where, of_token = output.within(batch, number)
                 if not len(where):
                     continue
-                pieces = self._stack.split_embedding(output.rows[of_token].to(self._device))
+                pieces = self._stack.split_embedding(output.rows.index_select(0, of_token).to(self._device))
                 where = where.to(self._device)
                 hidden[where] = pieces[0].to(hidden.dtype)
                 if len(pieces) > 1 and not added:

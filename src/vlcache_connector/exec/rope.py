@@ -38,9 +38,9 @@ class Rope:
         # An image has few different positions, its rows and columns, and a cosine in fp64 takes long.
         different, number = positions.cpu().unique(return_inverse=True)
         angle = different.double()[:, None] * self.inv_freq.double().cpu()
-        table = torch.stack((angle.cos(), angle.sin()), dim=1).float()
-        rows = number[self.channels.expand(self.inv_freq.numel())].T  # [tokens, rotary_dim / 2]
-        return table.gather(0, rows[:, None].expand(-1, 2, -1)).to(device)
+        table = torch.stack((angle.cos(), angle.sin()), dim=1).float().to(device)
+        rows = number.to(device)[self.channels.expand(self.inv_freq.numel()).to(device)].T  # [tokens, rotary_dim / 2]
+        return table.gather(0, rows[:, None].expand(-1, 2, -1))
 
     def turned_back(self, keys: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Keys [tokens, heads, dim] at `places` as they were before the layer turned them, in fp32."""

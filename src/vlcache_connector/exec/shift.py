@@ -12,6 +12,7 @@ import torch
 
 from vlcache_connector.exec.content import MAX_FITTED, features, weights
 from vlcache_connector.exec.stored import Comparison, StoredSpan
+from vlcache_connector.exec.upload import Uploads
 from vlcache_connector.kernels.ops import load_rows, shift_rows
 
 NBYTES_AT_ONCE = 2 * 2**20
@@ -28,6 +29,7 @@ class SpanShift:
         self._slots = pages.slots(block_ids, span.reused, span.offset, span.entry.shape[2])
         self._turns = span.rope.turns(span.delta, device) if span.delta else None
         self._places = span.rope.places(positions[:, span.run.start : span.run.end], device)
+        self._uploads = Uploads(span.entry, device)
         self._features = features(span.entry, device)
         self._samples: torch.Tensor | None = None
         # Keys and values of a part of a layer on their way into the pages, and by how much they move: new memory for
@@ -56,7 +58,7 @@ class SpanShift:
     def apply(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Load the reused tokens of a layer; `keys` and `values` [rows, heads, dim] are what the pass made."""
         span = self.span
-        entry = span.entry[layer].to(span.pages.device, non_blocking=True)
+        entry = self._uploads[layer]
         changes = self._comparison.changes(entry, keys, values).to(entry.dtype)
         caches = span.pages.caches[layer : layer + 1]
         for part in self._parts:

@@ -22,7 +22,8 @@ def load_runs(
     runs: Sequence[Run],
     block_ids: Sequence[int],
 ) -> int:
-    """Copy tokens of an entry into a request's pages, keys turned by `delta` positions.
+    """Copy tokens of an entry into a request's pages, keys turned by `delta` positions. A device reads the entry when
+    the stream has come that far.
 
     Args:
         entry: keys and values [layers, 2, tokens, heads, dim] of the whole span.
@@ -42,8 +43,8 @@ def load_runs(
 
 
 def save_run(pages: Pages, entry: torch.Tensor, run: Run, block_ids: Sequence[int]) -> int:
-    """Copy tokens `run` of a request from its pages into `entry` [layers, 2, tokens, heads, dim]; returns bytes
-    moved.
+    """Copy tokens `run` of a request from its pages into `entry` [layers, 2, tokens, heads, dim]. From a device that is
+    done when the stream has come that far. Returns bytes moved.
     """
     slots = pages.slots(block_ids, [run], run.start, len(run))
     for layers in _staged(entry, pages.device):
@@ -52,7 +53,7 @@ def save_run(pages: Pages, entry: torch.Tensor, run: Run, block_ids: Sequence[in
         else:
             staged = torch.empty(entry[layers].shape, dtype=entry.dtype, device=pages.device)
             save_rows(staged, pages.caches[layers], slots, pages.layout)
-            entry[layers].copy_(staged)
+            entry[layers].copy_(staged, non_blocking=True)
     return entry.numel() * entry.element_size()
 
 

@@ -27,8 +27,8 @@ class Family(Protocol):
         ...
 
     @classmethod
-    def attach(cls, model: "torch.nn.Module") -> "LayerStack":
-        """The adapter of a live model. Raises `UnsupportedModelError`."""
+    def attach(cls, model: "torch.nn.Module", positions: "torch.Tensor | None") -> "LayerStack":
+        """The adapter of a live model. `positions`: see `live.positions_buffer`. Raises `UnsupportedModelError`."""
         ...
 
 

@@ -1,5 +1,6 @@
 """What Qwen2.5-VL and Qwen3-VL have in common: M-RoPE positions and a Qwen decoder below `language_model.model`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -8,7 +9,7 @@ from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
 from vlcache_connector.errors import UnsupportedModelError
-from vlcache_connector.exec.model import Media, Prompt
+from vlcache_connector.exec.model import Media, Prompt, run_layers
 from vlcache_connector.exec.rope import Rope
 
 
@@ -22,14 +23,15 @@ class _Field:
 class QwenVLStack:
     """Layer adapter; see `exec.model.LayerStack`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, positions: torch.Tensor | None) -> None:
         self._model = model
         self._decoder = model.language_model.model
+        self._positions = positions
         self.rope = _rope_of(self._decoder.layers[0].self_attn.rotary_emb)
 
     @classmethod
-    def attach(cls, model: torch.nn.Module) -> Self:
-        return cls(model)
+    def attach(cls, model: torch.nn.Module, positions: torch.Tensor | None) -> Self:
+        return cls(model, positions)
 
     @property
     def num_layers(self) -> int:
@@ -45,10 +47,33 @@ class QwenVLStack:
         in_vocabulary = token_ids.clamp(max=self._decoder.vocab_size - 1)
         return self._decoder.embed_tokens(in_vocabulary).clone()
 
+    def split_embedding(self, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+        return (rows,)
+
     def run_layer(
         self, layer: int, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._decoder.layers[layer](positions, hidden, residual)
+
+    def run(self, positions: torch.Tensor, hidden: torch.Tensor, added: Sequence[torch.Tensor]) -> None:
+        if not self._is_ready or self._positions is None:
+            run_layers(self, range(self.num_layers), positions, hidden, None, added)
+            return
+        as_engine = self._positions[:, : len(hidden)]
+        as_engine.copy_(positions)
+        inputs = self.levels(hidden, added)
+        self._decoder(input_ids=None, positions=as_engine, intermediate_tensors=None, inputs_embeds=hidden, **inputs)
+
+    def levels(self, hidden: torch.Tensor, added: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """What the decoder is given besides, to add `added` after its first layers."""
+        return {}
+
+    @property
+    def _is_ready(self) -> bool:
+        """Whether a call of the decoder compiles nothing."""
+        decoder = self._decoder
+        is_compiled = getattr(decoder, "compiled", False) or getattr(decoder, "aot_compiled_fn", None) is not None
+        return decoder.do_not_compile or is_compiled
 
     def logits(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor | None:
         normed, _ = self._decoder.norm(hidden, residual)
