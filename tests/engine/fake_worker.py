@@ -42,6 +42,15 @@ class _Live:
 
 
 @dataclass(slots=True)
+class _Copies:
+    """What a step has begun and the next one ends, and what may be said then."""
+
+    results: JobResults = field(default_factory=JobResults)
+    reads: list[tuple[Extent, Entry]] = field(default_factory=list)
+    writes: list[tuple[Extent, Entry, bool]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class FakeWorker:
     """One rank. `is_struck(stage, rank, request_id)` says whether a job fails."""
 
@@ -60,9 +69,7 @@ class FakeWorker:
     _live: dict[str, _Live] = field(default_factory=dict)
     _errors: dict[str, str] = field(default_factory=dict)
     _shifted: set[tuple[int, int]] = field(default_factory=set)  # (job, offset of a span)
-    _late: JobResults = field(default_factory=JobResults)
-    _reads: list[tuple[Extent, Entry]] = field(default_factory=list)  # that the step before has begun
-    _writes: list[tuple[Extent, Entry, bool]] = field(default_factory=list)
+    _copies: _Copies = field(default_factory=_Copies)
 
     def execute(self, output: Any, fresh_blocks: Iterable[int]) -> ModelRunnerOutput:
         """One step, in the order of vLLM's V1 model runner. What is in freshly allocated blocks is lost."""
@@ -139,8 +146,9 @@ class FakeWorker:
     # -- the connector ------------------------------------------------------------------------------------------------
 
     def _carry_out(self, metadata: VLCacheMetadata) -> KVConnectorOutput:
-        output, results = KVConnectorOutput(finished_recving=set()), self._end_copies()
-        late = self._late if self.is_late else results
+        output, results = KVConnectorOutput(finished_recving=set()), JobResults()
+        ending, self._copies = self._copies, _Copies()
+        late = self._copies.results if self.is_late else results
         for save in metadata.saves:
             self._save(late, save)
         for embedding in metadata.embeddings:
@@ -160,18 +168,16 @@ class FakeWorker:
         for audit in metadata.audits:
             assert not metadata.num_computed_tokens and not metadata.reuse, "audits are for idle steps"
             self._audit(results, audit)
+        self._end(ending)
+        results.merge(ending.results)
         output.kv_connector_worker_meta = VLCacheWorkerMetadata(results) if results else None
         return output
 
-    def _end_copies(self) -> JobResults:
-        """What the step before has begun is done: its answers may be given."""
-        for extent, wanted in self._reads:
+    def _end(self, copies: _Copies) -> None:
+        for extent, wanted in copies.reads:
             self._check_entry(extent, wanted)
-        for extent, entry, is_lost in self._writes:
+        for extent, entry, is_lost in copies.writes:
             self.entries.write(extent, entry, is_lost)
-        self._reads, self._writes = [], []
-        late, self._late = self._late, JobResults()
-        return late
 
     def _load(self, piece: ReusePiece) -> None:
         truth = self.truths[piece.request_id]
@@ -188,7 +194,7 @@ class FakeWorker:
             wanted = truth.kv_entry(span.run, self.weights)
             self._check_entry(span.kv, wanted)
             if self.is_late:
-                self._reads.append((span.kv, wanted))
+                self._copies.reads.append((span.kv, wanted))
             self._check_embedding(piece, truth, span.offset, span.embedding)
             for run in span.reused:
                 self._write(truth, piece.block_ids, run, is_exact=False)
@@ -300,10 +306,12 @@ class FakeWorker:
         assert embedded == [p for p in range(offset, end) if prompt.token_ids[p] == IMAGE_TOKEN]
 
     def _put(self, results: JobResults, job_id: int, extent: Extent, entry: Entry, is_lost: bool) -> None:
-        if results is self._late:
-            self._writes.append((extent, entry, is_lost))
+        if results is self._copies.results:  # what was there is no more, what will be is not yet
+            self._copies.writes.append((extent, entry, is_lost))
+            is_lost_now = True
         else:
-            self.entries.write(extent, entry, is_lost)
+            is_lost_now = is_lost
+        self.entries.write(extent, entry, is_lost_now)
         _answer(results, job_id, "lost" if is_lost else None)
 
 

@@ -70,6 +70,27 @@ def test_entries_of_an_admitted_request_stay_until_it_is_loaded(make_engine: Mak
     assert engine.session.index.evictions > 0
 
 
+def test_entries_stay_while_copies_that_a_load_began_go_on(make_engine: MakeEngine) -> None:
+    """The load counts as done before they are: what reads the pages comes behind them, but whoever writes to the memory
+    of entries does not.
+    """
+    engine = make_engine(is_late=True)
+    show(engine)
+    name = engine.add(Ask(PROMPT, max_tokens=9))
+    state = engine.scheduler.connector._scheduler._states[name]
+    for _ in range(9):
+        if not state.is_loaded:
+            engine.step()
+    assert state.is_loaded
+    drop_entries(engine, "kv")
+    left = [entry for entry in engine.session.index._entries.values() if entry.entry_class.kind == "kv"]
+    assert {entry.num_tokens for entry in left} == {A.num_tokens, B.num_tokens}
+    engine.run()
+    assert reused(engine.answers[name]) > 0
+    drop_entries(engine, "kv")
+    assert not any(entry.entry_class.kind == "kv" for entry in engine.session.index._entries.values())
+
+
 def test_a_reset_while_requests_wait_load_and_save_leaves_nothing_to_be_found(make_engine: MakeEngine) -> None:
     engine = make_engine(max_batched_tokens=8)
     ask = Ask([*PROMPT, Image("new", 10), *CLOSE], ratio=0.5)
