@@ -3,7 +3,7 @@
 vLLM hands a connector its configuration and, later, the page tensors, but not the model. The worker-side constructor
 runs after the model was loaded and before vLLM freezes the heap, so the garbage collector still knows every object:
 the model is the one module of a known class that contains the very attention layers named in the engine's static
-forward context. Nothing is patched.
+forward context. Nothing is patched; of one model runner an attribute is set (`give_encoder_connector`).
 """
 
 import gc

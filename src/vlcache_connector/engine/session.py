@@ -227,9 +227,9 @@ class SchedulerSession:
                 self._unpin(entries)
 
     def hear(self) -> None:
-        """Take late answers of a worker in this process, without waiting for a step."""
+        """Take late answers of a worker in this process that may be given, without waiting for a step."""
         worker = WORKERS.get(self._instance)
-        results = worker.late.take() if worker is not None and worker.late is not None else None
+        results = worker.late.take(waits=False) if worker is not None and worker.late is not None else None
         if results is not None:
             self.take_results(results)
 

@@ -29,9 +29,9 @@ class Late(Generic[T]):
             self._last = current.record_event(), answer
         return due
 
-    def take(self) -> T | None:
-        """The answer of the last step, as soon as it is true."""
-        if self._last is None:
+    def take(self, waits: bool = True) -> T | None:
+        """The answer of the last step as soon as it is true; None when it is not yet, and nobody `waits`."""
+        if self._last is None or not (waits or self._last[0].query()):
             return None
         (event, answer), self._last = self._last, None
         event.synchronize()
