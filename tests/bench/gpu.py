@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def failures(results: dict[str, Any]) -> list[str]:
     failed = [f"{check['name']} failed" for check in results.get("checks", ()) if check["outcome"] == "failed"]
     failed += [f"{name}: {value['error']}" for name, value in results.items() if "error" in value]
     for name, engine in results.get("engine", {}).items():
-        if engine["outcome"] != "passed":
+        if name != "error" and engine["outcome"] != "passed":
             failed.append(f"engine {name!r} {engine['outcome']}")
     return failed
 
@@ -105,13 +106,15 @@ def main() -> int:
             say("engine: vLLM is not installed here, so nothing is run end to end")
         if "engine" not in options.only or find_spec("vllm") is None:
             runs = {}
-        with turn(file):
-            engines = Engines(runs, Path(work), file)
-            keep("checks", lambda: gpu_checks.run(device.type))
-            engines.wait_until_started()
-            keep("rows", lambda: gpu_rows.run(device, rehearse=options.rehearse))
-            keep("attention", lambda: gpu_attention.run(device, rehearse=options.rehearse))
-        keep("engine", engines.collect)
+        with ExitStack() as mine:
+            mine.enter_context(turn(file))
+            with Engines(runs, Path(work), file) as engines:
+                keep("checks", lambda: gpu_checks.run(device.type))
+                engines.wait_until_started()
+                keep("rows", lambda: gpu_rows.run(device, rehearse=options.rehearse))
+                keep("attention", lambda: gpu_attention.run(device, rehearse=options.rehearse))
+                mine.close()
+                keep("engine", engines.collect)
     say(f"written: {path}")
     for failure in failures(results):
         print(f"FAILED: {failure}", file=sys.stderr)

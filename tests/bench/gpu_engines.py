@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from bench.gpu_checks import environment
 from bench.results import ROOT, say
@@ -40,6 +40,15 @@ class Engines:
         self._folder = folder
         self._started = time.monotonic()
         self._processes = {name: self._start(name, [*options, "--turn", str(turn)]) for name, options in runs.items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nobody goes on behind us."""
+        for name, process in self._processes.items():
+            if process.poll() is None:
+                self._stop(name)
 
     def wait_until_started(self) -> None:
         """Returns when each has seen whether it is right, or has ended; stops those that take too long."""

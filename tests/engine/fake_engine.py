@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +31,7 @@ from engine.fake_entries import FakeEntries
 from engine.fake_prompts import Ask, request_of, truth_of
 from engine.fake_records import Truth
 from engine.fake_worker import FakeWorker
-from vlcache_connector.engine.session import SCHEDULERS, entry_layout
+from vlcache_connector.engine.session import SCHEDULERS, WORKERS, entry_layout
 from vlcache_connector.engine.tiers import slab_name
 from vlcache_connector.metrics import merge
 from vlcache_connector.plan.pieces import LOADED_PER_COMPUTED
@@ -57,6 +58,7 @@ class FakeEngine:
         self.answers: dict[str, Answer] = {}
         self.is_struck: Callable[[str, int, str], bool] = lambda stage, rank, request_id: False
         self.audited: Callable[[Any], float] = lambda job: 0.0
+        self.are_copies_done: Callable[[], bool] = lambda: True  # when somebody asks between two steps
         self.num_lost_pieces = 0
         self.is_stopped = False
         cache = KVCacheConfig(size.num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
@@ -76,6 +78,10 @@ class FakeEngine:
         self._watch_allocations()
         self._watch_counters()
         self.num_free_at_start = self.num_free_blocks
+        self._shares_process = size.is_late and size.num_ranks == 1
+        if self._shares_process:  # as vLLM's executor for one rank does
+            worker: Any = SimpleNamespace(late=self.workers[0])
+            WORKERS.attach(self.config.instance_id, lambda: worker)
 
     def _make_worker(self, rank: int, layout: EntryLayout) -> FakeWorker:
         entries = FakeEntries.make(rank, layout, self.size.host_nbytes, slab_name(self.config, rank))
@@ -88,6 +94,7 @@ class FakeEngine:
             keeps_pixels,
             entries,
             lambda job: self.audited(job),
+            lambda: self.are_copies_done(),
             self.size.is_late,
         )
 
@@ -133,6 +140,8 @@ class FakeEngine:
             self._schedule()
             output = self._queue[-1][0]
             is_going_on = output.total_num_scheduled_tokens > 0 or self.scheduler.has_requests()
+            if self._shares_process:
+                self._execute(len(self._queue))
             if self.size.is_async and len(self._queue) < 2 and is_going_on:
                 return
         if self._queue:
@@ -252,6 +261,8 @@ class FakeEngine:
             self.run()
             self.check_idle()
             self.scheduler.shutdown()
+            if self._shares_process:
+                WORKERS.detach(self.config.instance_id)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ class FakeWorker:
     keeps_pixels: bool
     entries: FakeEntries
     audited: Callable[[AuditJob], float]  # the KL divergence that an audit finds
+    are_copies_done: Callable[[], bool]  # whether those of the last step are, before the next one
     is_late: bool  # memory is read and written by copies that end in the next step, as those of a GPU do
     weights: int = 0
     pages: dict[int, Record] = field(default_factory=dict)  # slot -> what was written there
@@ -178,6 +179,14 @@ class FakeWorker:
             self._check_entry(extent, wanted)
         for extent, entry, is_lost in copies.writes:
             self.entries.write(extent, entry, is_lost)
+
+    def take(self, waits: bool) -> JobResults | None:
+        """As `exec.late.Late` does: what may be said between two steps."""
+        if waits or self.are_copies_done():
+            ending, self._copies = self._copies, _Copies()
+            self._end(ending)
+            return ending.results
+        return None
 
     def _load(self, piece: ReusePiece) -> None:
         truth = self.truths[piece.request_id]

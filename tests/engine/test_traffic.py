@@ -52,6 +52,7 @@ def live(engine: FakeEngine) -> list[str]:
 def drive(engine: FakeEngine, rng: random.Random, num_requests: int, weather: Weather) -> set[str]:
     """Returns the requests that were aborted."""
     chances = {"piece": weather.lost_piece, "embedding": weather.lost_piece, "audit": weather.lost_audit}
+    engine.are_copies_done = lambda: rng.random() < 0.5
     engine.is_struck = lambda stage, rank, request_id: rng.random() < chances.get(stage, weather.lost_save)
     aborted: set[str] = set()
     num_steps = 0

@@ -49,7 +49,8 @@ class AttentionContexts:
         self._can_end_early = not backend.forward_includes_kv_cache_update
         sized = _with_rows(vllm_config, self.max_rows)
         self._builder = backend.get_builder_cls()(spec, list(self._layer_names), sized, pages.device)
-        self._own, self._owns_all = _own_attention(attention, self._layers[0], pages), attention != "auto"
+        fuses = bool(vllm_config.compilation_config.pass_config.fuse_attn_quant)
+        self._own, self._owns_all = _own_attention(attention, self._layers[0], pages, fuses), attention != "auto"
 
     @contextmanager
     def __call__(
@@ -118,7 +119,7 @@ def _with_rows(vllm_config: "VllmConfig", max_rows: int) -> "VllmConfig":
     return sized
 
 
-def _own_attention(attention: str, layer: Any, pages: Pages) -> PassAttention | None:
+def _own_attention(attention: str, layer: Any, pages: Pages, quantises_output: bool) -> PassAttention | None:
     """What computes attention besides the engine, by the value of the option. All of them know the scaled dot product
     with a causal mask and a soft cap, nothing else.
     """
@@ -130,6 +131,7 @@ def _own_attention(attention: str, layer: Any, pages: Pages) -> PassAttention | 
         "uses ALiBi": getattr(impl, "alibi_slopes", None) is not None,
         "uses attention sinks": getattr(impl, "sinks", None) is not None,
         "quantises queries": layer.query_quant is not None,
+        "quantises what attention gives": quantises_output,
     }
     found = next((what for what, applies in unknown.items() if applies), None)
     if attention == "auto":

@@ -207,6 +207,10 @@ class VLCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         pass
 
+    def finish_forward(self) -> None:
+        if self._worker is not None:
+            self._worker.end_forward(self._step())
+
     def wait_for_save(self) -> None:
         if self._worker is not None:
             self._worker.run_step(self._step())

@@ -100,9 +100,14 @@ class VLCacheWorker:
         if self._watches:
             self._watches["compute"].start()
 
+    def end_forward(self, metadata: VLCacheMetadata) -> None:
+        """Just behind the forward, where the model runner says so: the V2 runner samples before the step goes on."""
+        if self._watches:
+            self._watches["compute"].stop(metadata.num_computed_tokens)
+
     def run_step(self, metadata: VLCacheMetadata) -> None:
         """Saves of what the forward completed, pieces of reuse, idle work."""
-        self._watches["compute"].stop(metadata.num_computed_tokens)
+        self.end_forward(metadata)
         debug.launching(metadata)
         for save in metadata.saves:
             self._try("save", save.job_id, partial(self._save, save), self._late)

@@ -77,11 +77,11 @@ def encode_again(request_id: str, index: int) -> None:
 
 
 def _caller_with(*attributes: str) -> Any:
-    """The nearest of `callers` that has one of these attributes."""
+    """The nearest of `callers` that has one of these attributes. Raises `UnsupportedModelError`."""
     for caller in callers():
         if any(hasattr(caller, attribute) for attribute in attributes):
             return caller
-    raise RuntimeError(f"nothing on the call stack has {' or '.join(attributes)}: this is not vLLM as we know it")
+    raise UnsupportedModelError(f"nothing on the call stack has {' or '.join(attributes)}, as vLLM 0.32 would")
 
 
 def callers() -> Iterator[Any]:

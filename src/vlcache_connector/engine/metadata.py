@@ -1,7 +1,8 @@
 """Everything that crosses the process border between the scheduler side and the workers, as frozen plain data.
 
 A job is what the workers do for one request or entry. Every rank answers it in the same step's output: with the last
-piece of a reuse job, in its only step for all others. A job is done when all ranks have answered.
+piece of a reuse job, in its only step for all others, or in the step after that where a GPU's copies go on (see
+`exec.late`). A job is done when all ranks have answered.
 """
 
 from dataclasses import dataclass, field

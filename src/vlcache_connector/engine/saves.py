@@ -49,17 +49,15 @@ class SavePlanner:
     def _save(self, state: RequestState, number: int, metadata: VLCacheMetadata) -> bool:
         """False when there is no room."""
         assert self._kv_cache_manager is not None
-        session, span = self._session, state.spans[number]
+        session, span, request_id = self._session, state.spans[number], state.request.request_id
+        (block_ids,), prompt = self._kv_cache_manager.get_block_ids(request_id), state.prompt(span.end)
         entry = session.reserve(
             span.kv_key, session.layout.kv_nbytes(span.length), span.length, state.entry_class("kv", span)
         )
         if entry is None:
             return False
-        (block_ids,) = self._kv_cache_manager.get_block_ids(state.request.request_id)
         job_id = session.new_job(written=entry)
-        request_id = state.request.request_id
-        save = SaveJob(job_id, request_id, state.prompt(span.end), tuple(block_ids), span.run, entry.extent)
-        metadata.saves.append(save)
+        metadata.saves.append(SaveJob(job_id, request_id, prompt, tuple(block_ids), span.run, entry.extent))
         return True
 
     def _save_embedding(self, state: RequestState, number: int, metadata: VLCacheMetadata) -> None:
@@ -67,12 +65,12 @@ class SavePlanner:
         session, span = self._session, state.spans[number]
         if session.index.holds(span.embedding_key) or span.embedding_key in session.wanted_embeddings:
             return
+        features = state.request.mm_features
+        at = next(i for i, feature in enumerate(features) if feature.mm_position.offset == span.offset)
         nbytes = session.layout.embedding_nbytes(span.num_embedded)
         entry = session.reserve(span.embedding_key, nbytes, span.num_embedded, state.entry_class("embedding", span))
         if entry is None:
             return
-        features = state.request.mm_features
-        at = next(i for i, feature in enumerate(features) if feature.mm_position.offset == span.offset)
         job_id = session.new_job(written=entry)
         identifier = features[at].identifier
         metadata.embeddings.append(

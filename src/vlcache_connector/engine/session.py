@@ -7,7 +7,7 @@ in turn.
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
@@ -21,6 +21,7 @@ from vlcache_connector.engine.fetches import Fetches
 from vlcache_connector.engine.metadata import JobResults
 from vlcache_connector.engine.models import family_of
 from vlcache_connector.engine.operations import Operations
+from vlcache_connector.engine.readers import Readers
 from vlcache_connector.engine.tiers import find_slabs, limits_of, lower_tiers, provenance, slab_name
 from vlcache_connector.errors import UnsupportedModelError
 from vlcache_connector.exec.late import Late
@@ -136,13 +137,13 @@ class SchedulerSession:
         self._num_ranks = vllm_config.parallel_config.tensor_parallel_size
         self._instance = vllm_config.instance_id
         self._jobs: dict[int, Job] = {}
-        self._read: dict[int, tuple[list[HostEntry], int]] = {}  # ended, but some ranks may still read the entries
+        self._readers = Readers(self.index, self._num_ranks)
         self._next_job = 0
 
     @property
     def has_late_answers(self) -> bool:
         """Whether ranks owe an answer about memory that is read or written."""
-        return bool(self._read) or any(job.written is not None for job in self._jobs.values())
+        return len(self._readers) > 0 or any(job.written is not None for job in self._jobs.values())
 
     @property
     def has_ec_only(self) -> bool:
@@ -215,19 +216,17 @@ class SchedulerSession:
         for kind, num_tokens, seconds in results.laps:
             self.prices.add(kind, num_tokens, seconds)
         self.unsupported = self.unsupported or results.unsupported
-        for job_id in {*results.succeeded, *results.failed}:
+        for job_id in self._jobs.keys() & {*results.succeeded, *results.failed}:
             complete = results.succeeded.get(job_id, 0) == self._num_ranks
             error = results.failed.get(job_id, None if complete else "not every rank answered")
             self.settle(job_id, error)
         for job_id, count in results.released.items():
-            entries, missing = self._read.pop(job_id)
-            if missing > count:
-                self._read[job_id] = entries, missing - count
-            else:
-                self._unpin(entries)
+            self._readers.released(job_id, count)
 
     def hear(self) -> None:
-        """Take late answers of a worker in this process that may be given, without waiting for a step."""
+        """Take late answers of a worker in this process that may be given, without waiting for a step. They may come
+        before what that worker has said earlier, in a step whose output waits to be looked at.
+        """
         worker = WORKERS.get(self._instance)
         results = worker.late.take(waits=False) if worker is not None and worker.late is not None else None
         if results is not None:
@@ -237,9 +236,10 @@ class SchedulerSession:
         """End a job: release its pins, publish or drop what it wrote."""
         job = self._jobs.pop(job_id)
         if job.is_read_late:
-            self._read[job_id] = job.pinned, self._num_ranks
+            self._readers.job_ended(job_id, job.pinned)
         else:
-            self._unpin(job.pinned)
+            for entry in job.pinned:
+                self.index.unpin(entry)
         if job.written is not None:
             if error is None:
                 self.index.commit(job.written)
@@ -249,10 +249,6 @@ class SchedulerSession:
                 self.index.discard(job.written)
         if job.on_done is not None:
             job.on_done(error)
-
-    def _unpin(self, entries: Iterable[HostEntry]) -> None:
-        for entry in entries:
-            self.index.unpin(entry)
 
 
 class WorkerSession:

@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 class Late(Generic[T]):
     """Holds what a step has to say until the copies that it began are done. Nobody waits for them within the step: it
-    is said one step later, so in the same step on all ranks. A CPU has done what it was told, and says it at once.
+    is said one step later, so in the same step on all ranks, unless it is taken before. A CPU has done what it was
+    told, and says it at once.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -70,10 +70,14 @@ class QwenVLStack:
 
     @property
     def _is_ready(self) -> bool:
-        """Whether a call of the decoder compiles nothing."""
+        """Whether a call of the decoder compiles nothing, and leaves nothing behind when a pass ends within it: what
+        vLLM sets around graphs that Inductor partitions would stay.
+        """
         decoder = self._decoder
+        if decoder.do_not_compile:
+            return True
         is_compiled = getattr(decoder, "compiled", False) or getattr(decoder, "aot_compiled_fn", None) is not None
-        return decoder.do_not_compile or is_compiled
+        return is_compiled and not decoder.compilation_config.use_inductor_graph_partition
 
     def logits(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor | None:
         normed, _ = self._decoder.norm(hidden, residual)
