@@ -223,6 +223,8 @@ def request_of(ask: Ask) -> tuple[dict[str, Any], Any]:
     if params is None:
         chosen = {"recompute_ratio": ask.ratio, "policy": ask.policy}
         params = {"mode": ask.mode} | {name: value for name, value in chosen.items() if value is not None}
+        # Prices that a small model makes on a busy machine are chance: what pays is tested with prices of its own.
+        params |= {"at_any_cost": True} if ask.mode == "reuse" else {}
     sampling = {"max_tokens": ask.max_tokens, "temperature": 0.0, "logprobs": 20, "ignore_eos": True} | ask.sampling
     return prompt, SamplingParams(extra_args={"kv_transfer_params": {"vlcache": params}}, **sampling)
 

@@ -39,7 +39,7 @@ def test_reuse_that_costs_more_than_computing_is_declined(fresh: Engine, bound: 
 
     fresh.forget()
     fresh.call(inside.set_prices, {"compute": 10.0, "recompute": 10.0, "load": 1.0})
-    assert fresh.ask_one(Ask(PROMPT, ratio=0.05)).report["reused_tokens"] > 0
+    assert fresh.ask_one(Ask(PROMPT, params={"recompute_ratio": 0.05})).report["reused_tokens"] > 0
 
 
 def test_long_new_text_before_a_small_known_picture_is_left_to_the_engine(fresh: Engine, bound: float) -> None:  # noqa: F811
@@ -49,13 +49,14 @@ def test_long_new_text_before_a_small_known_picture_is_left_to_the_engine(fresh:
     expected = plain(fresh, long)
     fresh.forget()
     fresh.call(inside.set_prices, {"compute": 1.0, "recompute": 2.0, "load": 0.01})
-    answer = fresh.ask_one(Ask(long, ratio=0.05))
+    answer = fresh.ask_one(Ask(long, params={"recompute_ratio": 0.05}))
     assert answer.report["reason"] == "no_gain" and answer.gap(expected) <= bound
     fresh.forget()
-    assert fresh.ask_one(Ask([OPEN, A, "what is it?", CLOSE], ratio=0.05)).report["reused_tokens"] > 0
+    short = Ask([OPEN, A, "what is it?", CLOSE], params={"recompute_ratio": 0.05})
+    assert fresh.ask_one(short).report["reused_tokens"] > 0
     fresh.forget()
     fresh.ask_one(Ask([OPEN, LONG, LONG, LONG], "off"))
-    answer = fresh.ask_one(Ask(long, ratio=0.05))
+    answer = fresh.ask_one(Ask(long, params={"recompute_ratio": 0.05}))
     assert answer.report["reused_tokens"] > 0 and answer.report["prefix_cached_tokens"] > 100, (
         "text that is cached is free"
     )
