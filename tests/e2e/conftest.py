@@ -43,6 +43,12 @@ def start_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     yield from _starting(tmp_path_factory)
 
 
+@pytest.fixture
+def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts an engine and closes it when the test is over."""
+    yield from _starting(tmp_path_factory)
+
+
 def _starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     engines: list[Engine] = []
 

@@ -47,14 +47,14 @@ def test_the_producer_role_keeps_embedding_inputs_refused(full_engine: Engine) -
     assert not full_engine.call(inside.accepts_embedding_inputs)
 
 
-def test_the_encoder_connector_works_alone(plain_engine: Engine, start_here: Start) -> None:
+def test_the_encoder_connector_works_alone(plain_engine: Engine, start_once: Start) -> None:
     config = {
         "ec_connector": "VLCacheECConnector",
         "ec_connector_module_path": "vlcache_connector",
         "ec_role": "ec_both",
         "ec_connector_extra_config": {"host_gib": 0.03},
     }
-    engine = start_here("encoder", "qwen2_5_vl", "float32", None, ec_transfer_config=config)
+    engine = start_once("encoder", "qwen2_5_vl", "float32", None, ec_transfer_config=config)
     engine.call(inside.count_encoder_runs)
     first = engine.ask_one(Ask([OPEN, A, CLOSE]))
     assert engine.call(inside.count_encoder_runs) == 1
@@ -74,7 +74,7 @@ def test_the_encoder_connector_works_alone(plain_engine: Engine, start_here: Sta
     assert engine.call(inside.count_encoder_runs) == 1
 
 
-def test_both_flags_together_store_kv_where_the_scheduler_thinks_it_is(start_here: Start) -> None:
+def test_both_flags_together_store_kv_where_the_scheduler_thinks_it_is(start_once: Start) -> None:
     """The user's encoder connector is created first, without knowing any KV layout and with another size."""
     config = {
         "ec_connector": "VLCacheECConnector",
@@ -82,7 +82,7 @@ def test_both_flags_together_store_kv_where_the_scheduler_thinks_it_is(start_her
         "ec_role": "ec_both",
         "ec_connector_extra_config": {"host_gib": 0.001},
     }
-    engine = start_here("both", "qwen2_5_vl", "float32", {"host_gib": 0.03}, ec_transfer_config=config)
+    engine = start_once("both", "qwen2_5_vl", "float32", {"host_gib": 0.03}, ec_transfer_config=config)
     prompt = [OPEN, "first seen here ", A, CLOSE]
     expected = engine.ask_one(Ask(prompt))
     engine.forget()
@@ -96,11 +96,11 @@ LAYERS = 4
 
 
 @pytest.mark.parametrize("attention", ["auto", "vlcache", "engine"])
-def test_passes_with_either_attention_equal_plain_vllm(start_here: Start, attention: str) -> None:
+def test_passes_with_either_attention_equal_plain_vllm(start_once: Start, attention: str) -> None:
     """Option `attention`: recompute passes use `sparse_query_attention` or the engine's, its forward always its own. By
     default scattered tokens use ours, and what is recomputed in one run the engine's.
     """
-    engine = start_here(attention, "qwen2_5_vl", "float32", {"host_gib": 0.03, "attention": attention})
+    engine = start_once(attention, "qwen2_5_vl", "float32", {"host_gib": 0.03, "attention": attention})
     limit = 2 * noise_of(engine) + RESOLUTION
     show_pictures(engine)
     engine.call(inside.count_calls, "vlcache_connector.exec.attention", "sparse_query_attention")
@@ -116,17 +116,17 @@ def test_passes_with_either_attention_equal_plain_vllm(start_here: Start, attent
             assert engine.call(inside.num_calls) == (0 if attention == "engine" else LAYERS - 1), "the last needs none"
 
 
-def test_an_attention_that_is_not_installed_stops_the_engine_with_advice(start_here: Start) -> None:
+def test_an_attention_that_is_not_installed_stops_the_engine_with_advice(start_once: Start) -> None:
     if importlib.util.find_spec("xformers") is not None:
         pytest.skip("needs an environment without xformers")
     with pytest.raises(
         RuntimeError, match=r"option 'attention' is 'xformers', which cannot run here.*choose 'vlcache'"
     ):
-        start_here("xformers", "qwen2_5_vl", "float32", {"attention": "xformers"})
+        start_once("xformers", "qwen2_5_vl", "float32", {"attention": "xformers"})
 
 
-def test_an_engine_that_cannot_reuse_runs_as_plain_vllm_and_says_why(start_here: Start) -> None:
-    engine = start_here("fp8", "qwen2_5_vl", "bfloat16", {}, kv_cache_dtype="fp8")
+def test_an_engine_that_cannot_reuse_runs_as_plain_vllm_and_says_why(start_once: Start) -> None:
+    engine = start_once("fp8", "qwen2_5_vl", "bfloat16", {}, kv_cache_dtype="fp8")
     engine.ask_one(Ask([OPEN, A, CLOSE]))
     engine.forget()
     report = engine.ask_one(Ask([OPEN, LONG, A, CLOSE])).report
