@@ -53,10 +53,6 @@ class Check:
     seconds: float = 0.0
     summary: str = ""
 
-    @property
-    def has_failed(self) -> bool:
-        return self.outcome == "failed"
-
 
 def run(device: str) -> list[dict[str, Any]]:
     """All checks of the operations on `device`, "cuda" or "cpu" (a rehearsal), side by side. Prints what fails."""
@@ -68,7 +64,6 @@ def run(device: str) -> list[dict[str, Any]]:
 
 
 def run_tests(device: str) -> Check:
-    # Nothing else is left to find when these take too long.
     command = [*pytest_command(f"native-{device}"), MORE_TESTS] + ([] if device == "cuda" else ["-x", "--maxfail=1"])
     return checked("tests", command, {}, TESTS_LIMIT_S, may_stop=False)
 
@@ -138,6 +133,7 @@ def execute(command: Sequence[str], more: Mapping[str, str], limit_s: float) -> 
 
 
 def checked(name: str, command: Sequence[str], more: Mapping[str, str], limit_s: float, may_stop: bool = True) -> Check:
+    """`may_stop`: to be stopped for taking too long is no failure, as far as nothing was found."""
     say(f"{name} runs, {limit_s:.0f} s at most")
     done = execute(command, more, limit_s)
     summary = next((line for line in reversed(done.output.splitlines()) if re.search(r"\d+ passed|failed", line)), "")
